@@ -1,0 +1,168 @@
+"""Checks of configuration values, raised where the user stands.
+
+Structural values (sizes, counts, dtypes) shape the arrays of the state, so they must
+be Python values; hyperparameters may be traced and are checked when concrete.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _reject_tracer(name: str, value: Any) -> None:
+    if isinstance(value, (jax.Array, jax.core.Tracer)):
+        raise TypeError(
+            f"`{name}` shapes the optimizer state, so it must be a Python value known"
+            f" before tracing, got {value!r}. Under `optax.inject_hyperparams` name it"
+            f" in `static_args`, for example `static_args=('{name}',)`."
+        )
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return `value` as an int, or raise if it is not an integer of at least 1."""
+    _reject_tracer(name, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"`{name}` must be an integer >= 1, got {value!r} of type"
+            f" {type(value).__name__}. Pass a whole number such as `{name}=32`."
+        )
+    if value < 1:
+        raise ValueError(
+            f"`{name}` must be an integer >= 1, got {value}. Pass at least `{name}=1`."
+        )
+    return int(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise if it lies outside (0, 1]."""
+    _reject_tracer(name, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`{name}` must be a number in (0, 1], got {value!r} of type"
+            f" {type(value).__name__}. Pass a fraction such as `{name}=0.01`."
+        )
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"`{name}` must be in (0, 1], got {value}. To keep one entry in a hundred"
+            f" pass `{name}=0.01`; to keep all of them pass `{name}=1.0`."
+        )
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return `value`, or raise if it is not a Python bool."""
+    _reject_tracer(name, value)
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def floating_dtype(name: str, value: Any) -> np.dtype | None:
+    """Return `value` as a dtype, or raise if it is not a real floating dtype."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be a floating dtype such as jnp.bfloat16, got {value!r}."
+        ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"`{name}` must be a real floating dtype, got {dtype}. Pass jnp.float32 or"
+            " jnp.bfloat16."
+        )
+    return dtype
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return `value`, or raise if it is not one of the `allowed` strings."""
+    if value not in allowed:
+        options = " or ".join(repr(option) for option in allowed)
+        raise ValueError(f"`{name}` must be {options}, got {value!r}.")
+    return value
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    remedy: str,
+) -> Any:
+    """Return `value`, or raise if it is concrete and outside its interval.
+
+    Schedules and tracers pass: their values are not known here.
+    """
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return value
+    interval = (
+        f"{'(' if open_low else '['}{low:g}, {high:g}"
+        f"{')' if open_high or math.isinf(high) else ']'}"
+    )
+    is_array = isinstance(value, (jax.Array, np.ndarray, np.generic))
+    if isinstance(value, bool) or not (is_array or isinstance(value, numbers.Real)):
+        raise TypeError(
+            f"`{name}` must be a number in {interval} or a schedule, got {value!r} of"
+            f" type {type(value).__name__}. {remedy}"
+        )
+    if is_array and (value.ndim or not jnp.issubdtype(value.dtype, jnp.number)):
+        raise TypeError(
+            f"`{name}` must be a scalar in {interval} or a schedule, got an array of"
+            f" shape {value.shape} and dtype {value.dtype}. {remedy}"
+        )
+    concrete = float(value)
+    above = concrete > low or (concrete == low and not open_low)
+    below = concrete < high or (concrete == high and not open_high)
+    if not (math.isfinite(concrete) and above and below):
+        raise ValueError(f"`{name}` must be in {interval}, got {concrete}. {remedy}")
+    return value
+
+
+def floating_leaves(tree: Any) -> None:
+    """Raise if a leaf of `tree` is not a real or complex floating array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None:
+            dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"Parameters must be floating or complex arrays, got dtype {dtype} at"
+                f" params{jax.tree_util.keystr(path)}. Keep it out of the optimizer,"
+                " for example with `optax.masked` or `nnx.Optimizer(wrt=nnx.Param)`."
+            )
+
+
+def same_trees(updates: Any, params: Any) -> None:
+    """Raise, naming the leaf, if `updates` and `params` differ in shape."""
+    expected = jax.tree_util.tree_leaves_with_path(params)
+    received = jax.tree_util.tree_leaves_with_path(updates)
+    paths = {jax.tree_util.keystr(path) for path, _ in received}
+    for path, _ in expected:
+        name = jax.tree_util.keystr(path)
+        if name not in paths:
+            raise ValueError(
+                f"`updates` lacks the leaf at params{name}. Pass one gradient leaf for"
+                " every parameter leaf."
+            )
+    known = {jax.tree_util.keystr(path): leaf for path, leaf in expected}
+    for path, leaf in received:
+        name = jax.tree_util.keystr(path)
+        if name not in known:
+            raise ValueError(
+                f"`updates` has a leaf at updates{name} that `params` lacks. Pass"
+                " gradients of the tree that `init` was called with."
+            )
+        if jnp.shape(leaf) != jnp.shape(known[name]):
+            raise ValueError(
+                f"The gradient at updates{name} has shape {jnp.shape(leaf)} but its"
+                f" parameter has shape {jnp.shape(known[name])}. Pass gradients of the"
+                " tree that `init` was called with."
+            )

@@ -1,0 +1,88 @@
+"""The protocol between representations of a gradient and everything above them.
+
+A *compressor* is configuration: an immutable object of Python values. Bound to the
+layout of a tree it gives a *space*, which knows all shapes. A space works on three
+kinds of values:
+
+* a *vector*: the gradient in working form, an array or a tree of matrices of reals;
+* a *row*: a compressed vector, a tree of arrays `(s, ...)`;
+* a *window*: m rows stacked along axis 1, a tree of arrays `(s, m, ...)`.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import chex
+
+from efcp_jax.layout import Layout
+
+
+# Every array of a window stacks its rows along this axis, behind the axis that is
+# divided among devices and scanned block by block.
+ROW_AXIS = 1
+
+
+class Space(Protocol):
+    """The operations of one representation, on trees of one layout."""
+
+    @property
+    def layout(self) -> Layout:
+        """The leaves of the tree on this device."""
+        ...
+
+    def pack(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """Return `tree` as this device's vector."""
+        ...
+
+    def unpack(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+        """Undo `pack`, in the dtypes of the tree's leaves."""
+        ...
+
+    def zeros(self) -> tuple[chex.ArrayTree, chex.ArrayTree, chex.ArrayTree | None]:
+        """Return the zero vector, the zero row, and the first basis (or None)."""
+        ...
+
+    def specs(self) -> tuple[Any, Any, Any]:
+        """Return the `PartitionSpec` of each array that `zeros` returns."""
+        ...
+
+    def compress(
+        self, vector: chex.ArrayTree, basis: chex.ArrayTree | None
+    ) -> tuple[chex.ArrayTree, chex.ArrayTree | None]:
+        """Return the row that stands for `vector`, and the basis of the next call."""
+        ...
+
+    def expand(self, row: chex.ArrayTree) -> chex.ArrayTree:
+        """Return the vector that `row` stands for."""
+        ...
+
+    def inner(self, window: chex.ArrayTree, row: chex.ArrayTree) -> chex.ArrayTree:
+        """Return G x: this device's share of the inner products of rows and `row`.
+
+        Shape `(m,)`, or for a block-diagonal Gram a tree of such arrays. Summed over
+        all devices the shares are the inner products of the whole vectors.
+        """
+        ...
+
+    def combine(
+        self, window: chex.ArrayTree, coefficients: chex.ArrayTree
+    ) -> chex.ArrayTree:
+        """Return the vector G^T w; the adjoint of `inner` on one device."""
+        ...
+
+    def grams(self, value: chex.Array) -> chex.ArrayTree:
+        """Return `value` once for each Gram matrix of the representation."""
+        ...
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """Immutable configuration of a representation."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether a row is always the vector itself, whatever its dtype."""
+        ...
+
+    def bind(self, layout: Layout) -> Space:
+        """Return the space of this representation for trees of `layout`."""
+        ...

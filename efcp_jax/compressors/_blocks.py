@@ -1,0 +1,110 @@
+"""A tree of parameters as one array of blocks, `(blocks, size)`.
+
+The leaves are laid end to end and cut into blocks; the last block is padded with
+zeros. On several devices, leaves held by different numbers of devices start at
+separate blocks, so that equal blocks stay equal on all devices that hold them.
+"""
+
+import dataclasses
+
+import chex
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from efcp_jax.layout import Layout
+
+
+# On a mesh where some leaves are replicated, one block for everything would pad the
+# smallest group of leaves to the size of the largest. Blocks of this size bound the
+# padding and keep offsets in 16 bits.
+_MESH_BLOCK = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Where each leaf lies in the array of blocks.
+
+    Attributes:
+        layout: The tree's leaves on this device.
+        size: Entries a block.
+        groups: For each group, the indices of its leaves and its number of blocks.
+        weights: For each of this device's blocks, one over the number of devices that
+            hold it; None where every block is held once.
+    """
+
+    layout: Layout
+    size: int
+    groups: tuple[tuple[tuple[int, ...], int], ...]
+    weights: np.ndarray | None
+
+    @classmethod
+    def of(cls, layout: Layout, size: int | None) -> "Blocks":
+        """Lay out the leaves of `layout`; `size=None` asks for the largest blocks."""
+        members: dict[int, list[int]] = {}
+        for index, leaf in enumerate(layout.leaves):
+            members.setdefault(layout.copies(leaf), []).append(index)
+        copies = sorted(members)
+        totals = [sum(layout.leaves[i].size for i in members[c]) for c in copies]
+        share = max(1, *(-(-n // layout.ways(layout.split)) for n in [*totals, 1]))
+        if size is None and len(copies) > 1:
+            size = _MESH_BLOCK
+        size = share if size is None else min(size, share)
+        counts = [-(-n // size) for n in totals] or [1]
+        # The last group takes the blocks that make the count divide among devices.
+        counts[-1] += -sum(counts) % layout.ways(layout.split)
+        counts[-1] += layout.ways(layout.split) * (not any(counts))
+        members_in_order = [tuple(members[c]) for c in copies] or [()]
+        weights = np.repeat([1.0 / c for c in copies] or [1.0], counts)
+        return cls(
+            layout=layout,
+            size=size,
+            groups=tuple(zip(members_in_order, counts, strict=True)),
+            weights=None if np.all(weights == 1.0) else weights,
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of blocks of this device."""
+        total = sum(count for _, count in self.groups)
+        return total // self.layout.ways(self.layout.split)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """How an array of blocks is divided among devices: along its first axis."""
+        return PartitionSpec(self.layout.axes or None)
+
+    def pack(self, tree: chex.ArrayTree) -> chex.Array:
+        """Return this device's blocks of `tree`, shape `(count, size)`."""
+        matrices = self.layout.matrices(tree)
+        pieces = []
+        for indices, count in self.groups:
+            pieces += [matrices[i].reshape(-1) for i in indices]
+            used = sum(self.layout.leaves[i].size for i in indices)
+            pieces.append(jnp.zeros(count * self.size - used, self.layout.dtype))
+        blocks = jnp.concatenate(pieces).reshape(-1, self.size)
+        return self.layout.own(blocks, axis=0)
+
+    def unpack(self, blocks: chex.Array) -> chex.ArrayTree:
+        """Return the tree whose blocks, over all devices of `split`, are `blocks`."""
+        flat = self.layout.gather(blocks, axis=0).reshape(-1)
+        matrices: dict[int, chex.Array] = {}
+        start = 0
+        for indices, count in self.groups:
+            offset = start
+            for i in indices:
+                leaf = self.layout.leaves[i]
+                piece = lax.slice_in_dim(flat, offset, offset + leaf.size)
+                matrices[i] = piece.reshape(leaf.matrix_shape)
+                offset += leaf.size
+            start += count * self.size
+        return self.layout.tree([matrices[i] for i in range(len(matrices))])
+
+    def share(self, blocks: chex.Array) -> chex.Array:
+        """Weigh `blocks` so that a sum over all devices counts each entry once."""
+        if self.weights is None:
+            return blocks
+        weights = jnp.asarray(self.weights, self.layout.dtype)
+        # With idle axes every device owns a different run of the weights.
+        return self.layout.own(weights, axis=0)[:, None] * blocks

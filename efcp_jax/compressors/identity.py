@@ -1,0 +1,115 @@
+"""No compression: a row is the gradient itself."""
+
+import dataclasses
+
+import chex
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from efcp_jax import _validate
+from efcp_jax.compressors._blocks import Blocks
+from efcp_jax.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Configuration of the dense representation; made by `identity`.
+
+    Attributes:
+        value_dtype: Dtype of the stored rows; None for the working dtype.
+    """
+
+    value_dtype: np.dtype | None = None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether rows are kept in the working dtype."""
+        return self.value_dtype is None
+
+    def bind(self, layout: Layout) -> "IdentitySpace":
+        """Return the dense space for trees of `layout`."""
+        dtype = self.value_dtype or layout.dtype
+        return IdentitySpace(Blocks.of(layout, None), jnp.dtype(dtype))
+
+
+def identity(*, value_dtype: chex.ArrayDType | None = None) -> Identity:
+    """Keep every entry of the gradient.
+
+    $C(a) = a$, rounded to `value_dtype`.
+
+    Args:
+        value_dtype: Floating dtype of the stored rows. None stores them in the working
+            dtype (float32, or float64 for float64 parameters); `jnp.bfloat16` halves
+            the window, and error feedback carries the rounding over to the next step.
+
+    Returns:
+        An immutable compressor, for the `compressor` argument of the transformations.
+
+    Raises:
+        TypeError: `value_dtype` is not a dtype.
+        ValueError: `value_dtype` is not a real floating dtype.
+
+    Examples:
+        >>> import efcp_jax
+        >>> efcp_jax.identity()
+        Identity(value_dtype=None)
+
+    Notes:
+        A window of m rows takes 4 m bytes a parameter. A step reads it twice.
+    """
+    return Identity(_validate.floating_dtype("value_dtype", value_dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentitySpace:
+    """Rows `(blocks, size)`, windows `(blocks, m, size)`."""
+
+    blocks: Blocks
+    dtype: np.dtype
+
+    @property
+    def layout(self) -> Layout:  # noqa: D102
+        return self.blocks.layout
+
+    def pack(self, tree: chex.ArrayTree) -> chex.Array:  # noqa: D102
+        return self.blocks.pack(tree)
+
+    def unpack(self, vector: chex.Array) -> chex.ArrayTree:  # noqa: D102
+        return self.blocks.unpack(vector)
+
+    def zeros(self) -> tuple[chex.Array, chex.Array, None]:  # noqa: D102
+        shape = (self.blocks.count, self.blocks.size)
+        vector = jnp.zeros(shape, self.layout.dtype)
+        return vector, jnp.zeros(shape, self.dtype), None
+
+    def specs(self):  # noqa: D102
+        return self.blocks.spec, self.blocks.spec, None
+
+    def compress(self, vector: chex.Array, basis: None):  # noqa: D102
+        del basis
+        return vector.astype(self.dtype), None
+
+    def expand(self, row: chex.Array) -> chex.Array:  # noqa: D102
+        return row.astype(self.layout.dtype)
+
+    def inner(self, window: chex.Array, row: chex.Array) -> chex.Array:  # noqa: D102
+        products = jnp.einsum(
+            "bms,bs->bm",
+            window,
+            row,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=self.layout.dtype,
+        )
+        return jnp.sum(self.blocks.share(products), axis=0)
+
+    def combine(self, window: chex.Array, coefficients: chex.Array):  # noqa: D102
+        return jnp.einsum(
+            "bms,m->bs",
+            window.astype(coefficients.dtype),
+            coefficients,
+            precision=lax.Precision.HIGHEST,
+        )
+
+    def grams(self, value: chex.Array) -> chex.Array:  # noqa: D102
+        return value

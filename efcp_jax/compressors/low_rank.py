@@ -1,0 +1,349 @@
+"""Low-rank rows: a pair of thin factors for every matrix of the gradient."""
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from efcp_jax import _validate
+from efcp_jax.layout import Layout
+
+
+class LowRankRow(NamedTuple):
+    """One factorised matrix a leaf, $A = L R^T$; both trees mirror the parameters.
+
+    Attributes:
+        left: Orthonormal columns, `(rows, r)` a leaf; a window has `(rows, m, r)`.
+        right: The columns that carry the scale, `(cols, r)`; a window `(cols, m, r)`.
+    """
+
+    left: chex.ArrayTree
+    right: chex.ArrayTree
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Configuration of the low-rank representation; made by `low_rank`.
+
+    Attributes:
+        rank: Columns of the factors.
+        block_diagonal: Whether every leaf has a Gram matrix of its own.
+        value_dtype: Dtype of the stored factors; None for the working dtype.
+    """
+
+    rank: int = 4
+    block_diagonal: bool = False
+    value_dtype: np.dtype | None = None
+
+    lossless = False
+
+    def bind(self, layout: Layout) -> "LowRankSpace":
+        """Return the low-rank space for trees of `layout`."""
+        matrices = tuple(Matrix.of(leaf, layout, self.rank) for leaf in layout.leaves)
+        dtype = jnp.dtype(self.value_dtype or layout.dtype)
+        return LowRankSpace(layout, matrices, dtype, self.block_diagonal)
+
+
+def low_rank(
+    rank: int = 4,
+    *,
+    block_diagonal: bool = False,
+    value_dtype: chex.ArrayDType | None = None,
+) -> LowRank:
+    r"""Keep a factorisation of low rank of every matrix.
+
+    With the basis $V$ of the last step, one subspace iteration gives
+    $L = \mathrm{orth}(A V)$, $R = A^T L$ and $C(A) = L R^T = L L^T A$, a projection of
+    $A$; then $V \leftarrow R$ with columns of length 1. Leaves of more than two axes
+    are matrices of their last axis against all others.
+
+    Args:
+        rank: Columns of the factors, at least 1. A leaf that factors of this rank would
+            not make smaller, which includes every vector and scalar, is kept whole.
+        block_diagonal: False sums the inner products over all leaves, the full matrix
+            over the concatenated gradient. True keeps a Gram matrix for each leaf, a
+            block-diagonal preconditioner.
+        value_dtype: Floating dtype of the stored factors. None stores them in the
+            working dtype (float32, or float64 for float64 parameters); error feedback
+            carries the rounding of `jnp.bfloat16` over to the next step.
+
+    Returns:
+        An immutable compressor, for the `compressor` argument of the transformations.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or traced.
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> import efcp_jax
+        >>> efcp_jax.low_rank(8)
+        LowRank(rank=8, block_diagonal=False, value_dtype=None)
+
+    References:
+        Vogels et al., `PowerSGD: Practical Low-Rank Gradient Compression for
+        Distributed Optimization <https://arxiv.org/abs/1905.13727>`_, 2019
+
+    Notes:
+        A window takes m r (rows + cols) values a matrix. A step costs two products of
+        the matrix with r columns, and about 2 m r^2 (rows + cols) and 2 m r rows cols
+        operations for the Gram matrix and the update.
+    """
+    return LowRank(
+        rank=_validate.positive_int("rank", rank),
+        block_diagonal=_validate.boolean("block_diagonal", block_diagonal),
+        value_dtype=_validate.floating_dtype("value_dtype", value_dtype),
+    )
+
+
+class Matrix(NamedTuple):
+    """How one leaf is factorised on one device.
+
+    A leaf kept whole is the matrix `(1, n)` with the factors `[[1]]` and itself.
+
+    Attributes:
+        rows: Rows on this device, padded to divide among the idle mesh axes.
+        cols: Columns on this device.
+        rank: Columns of the factors.
+        whole: Whether the leaf is kept whole.
+        row_axes: Mesh axes that split the rows.
+        col_axes: Mesh axes that split the columns.
+        col_ways: Number of devices that split the columns.
+        copies: Devices that hold this same part of the leaf.
+    """
+
+    rows: int
+    cols: int
+    rank: int
+    whole: bool
+    row_axes: tuple[str, ...]
+    col_axes: tuple[str, ...]
+    col_ways: int
+    copies: int
+
+    @classmethod
+    def of(cls, leaf, layout: Layout, rank: int) -> "Matrix":
+        """Decide how `leaf` is factorised, alike on all devices."""
+        rows, cols = leaf.matrix_shape
+        all_rows = rows * layout.ways(leaf.row_axes)
+        all_cols = cols * layout.ways(leaf.col_axes)
+        ways = layout.ways(layout.split)
+        if rank * (all_rows + all_cols) >= all_rows * all_cols:
+            # At least one entry, since checkpoints refuse arrays of size zero.
+            share = max(1, -(-leaf.size // ways))
+            axes = (*leaf.axes, *layout.split)
+            return cls(
+                1, share, 1, True, (), axes, layout.ways(axes), layout.copies(leaf)
+            )
+        row_axes = (*leaf.row_axes, *layout.split)
+        share = -(-rows // ways)
+        return cls(
+            share,
+            cols,
+            rank,
+            False,
+            row_axes,
+            leaf.col_axes,
+            layout.ways(leaf.col_axes),
+            layout.copies(leaf),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankSpace:
+    """Rows of `LowRankRow`; vectors are trees of matrices."""
+
+    layout: Layout
+    matrices: tuple[Matrix, ...]
+    dtype: np.dtype
+    block_diagonal: bool
+
+    def _map(self, function, *trees):
+        """Apply `function(matrix, *leaves)` to every leaf and return the results."""
+        leaves = [self.layout.treedef.flatten_up_to(tree) for tree in trees]
+        return [function(*each) for each in zip(self.matrices, *leaves, strict=True)]
+
+    def _tree(self, leaves: list) -> chex.ArrayTree:
+        return self.layout.treedef.unflatten(leaves)
+
+    def pack(self, tree: chex.ArrayTree) -> chex.ArrayTree:  # noqa: D102
+        packed = []
+        for value, matrix in zip(
+            self.layout.matrices(tree), self.matrices, strict=True
+        ):
+            ways = self.layout.ways(self.layout.split)
+            if matrix.whole:
+                value = value.reshape(1, -1)
+                value = jnp.pad(value, [(0, 0), (0, matrix.cols * ways - value.size)])
+                packed.append(self.layout.own(value, axis=1))
+            else:
+                missing = matrix.rows * ways - value.shape[0]
+                value = jnp.pad(value, [(0, missing), (0, 0)])
+                packed.append(self.layout.own(value, axis=0))
+        return self._tree(packed)
+
+    def unpack(self, vector: chex.ArrayTree) -> chex.ArrayTree:  # noqa: D102
+        def leaf_matrix(matrix, leaf, value):
+            value = self.layout.gather(value, axis=1 if matrix.whole else 0)
+            if matrix.whole:
+                return value[0, : leaf.size].reshape(leaf.matrix_shape)
+            return value[: leaf.matrix_shape[0]]
+
+        values = self.layout.treedef.flatten_up_to(vector)
+        return self.layout.tree(
+            [
+                leaf_matrix(*each)
+                for each in zip(self.matrices, self.layout.leaves, values, strict=True)
+            ]
+        )
+
+    def zeros(self):  # noqa: D102
+        vector = [jnp.zeros((a.rows, a.cols), self.layout.dtype) for a in self.matrices]
+        left = [jnp.zeros((a.rows, a.rank), self.dtype) for a in self.matrices]
+        right = [jnp.zeros((a.cols, a.rank), self.dtype) for a in self.matrices]
+        # A leaf kept whole has no basis, but every tree mirrors the parameters.
+        basis = [
+            jnp.zeros((1 if a.whole else a.cols, a.rank), self.layout.dtype)
+            for a in self.matrices
+        ]
+        row = LowRankRow(self._tree(left), self._tree(right))
+        return self._tree(vector), row, self._tree(basis)
+
+    def specs(self):  # noqa: D102
+        spec = lambda *axes: PartitionSpec(*(names or None for names in axes))
+        vector = self._tree([spec(a.row_axes, a.col_axes) for a in self.matrices])
+        left = self._tree([spec(a.row_axes) for a in self.matrices])
+        right = self._tree([spec(a.col_axes) for a in self.matrices])
+        basis = self._tree([spec(() if a.whole else a.col_axes) for a in self.matrices])
+        return vector, LowRankRow(left, right), basis
+
+    def compress(self, vector: chex.ArrayTree, basis: chex.ArrayTree):  # noqa: D102
+        def factors(matrix: Matrix, value, start):
+            if matrix.whole:
+                return jnp.ones((1, 1), self.dtype), value.T.astype(self.dtype), start
+            left = _psum(_dot(value, _revive(start, matrix)), matrix.col_axes)
+            left = orthonormal(left, matrix.row_axes).astype(self.dtype)
+            # The rounded factor, so that this is the best right factor for it.
+            right = _dot(value.T, left.astype(value.dtype))
+            right = _psum(right, matrix.row_axes)
+            length = jnp.sqrt(_psum(jnp.sum(right**2, axis=0), matrix.col_axes))
+            unit = right / jnp.where(length > 0, length, 1)
+            # A column that met nothing turns towards a fixed random one, so that no
+            # gradient can stay invisible for ever.
+            fresh = _revive(jnp.zeros_like(start), matrix)
+            following = jnp.where(length > 0, unit, start + fresh)
+            return left, right.astype(self.dtype), following
+
+        results = self._map(factors, vector, basis)
+        left, right, following = ([r[i] for r in results] for i in range(3))
+        row = LowRankRow(self._tree(left), self._tree(right))
+        return row, self._tree(following)
+
+    def expand(self, row: LowRankRow) -> chex.ArrayTree:  # noqa: D102
+        dtype = self.layout.dtype
+        product = lambda _, left, right: _dot(left.astype(dtype), right.astype(dtype).T)
+        return self._tree(self._map(product, row.left, row.right))
+
+    def inner(self, window: LowRankRow, row: LowRankRow):  # noqa: D102
+        dtype = self.layout.dtype
+
+        def products(window_factor, factor):
+            return jnp.einsum(
+                "nmr,ns->mrs",
+                window_factor,
+                factor,
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            )
+
+        def leaf_inner(matrix: Matrix, left, right, row_left, row_right):
+            # <L R^T, L' R'^T> = sum of (L^T L') * (R^T R'), entry by entry.
+            lefts, rights = products(left, row_left), products(right, row_right)
+            copies = matrix.copies
+            if matrix.row_axes and matrix.col_axes:
+                lefts = _psum(lefts, matrix.row_axes)
+                copies *= self.layout.ways(matrix.row_axes)
+            return jnp.sum(lefts * rights, axis=(1, 2)) / copies
+
+        parts = self._map(leaf_inner, window.left, window.right, row.left, row.right)
+        if self.block_diagonal:
+            return self._tree(parts)
+        size = jax.tree.leaves(window)[0].shape[1] if parts else 1
+        return sum(parts, jnp.zeros(size, dtype))
+
+    def combine(self, window: LowRankRow, coefficients):  # noqa: D102
+        def leaf_combine(_, left, right, weights):
+            dtype = weights.dtype
+            weighted = left.astype(dtype) * weights[:, None]
+            return _dot(
+                weighted.reshape(left.shape[0], -1),
+                right.astype(dtype).reshape(right.shape[0], -1).T,
+            )
+
+        if not self.block_diagonal:
+            coefficients = self._tree([coefficients] * len(self.matrices))
+        values = self._map(leaf_combine, window.left, window.right, coefficients)
+        return self._tree(values)
+
+    def grams(self, value: chex.Array) -> chex.ArrayTree:  # noqa: D102
+        if not self.block_diagonal:
+            return value
+        return self._tree([value] * len(self.matrices))
+
+
+def _dot(left: chex.Array, right: chex.Array) -> chex.Array:
+    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
+
+
+def _psum(value: chex.Array, axes: tuple[str, ...]) -> chex.Array:
+    return lax.psum(value, axes) if axes else value
+
+
+def _revive(basis: chex.Array, matrix: Matrix) -> chex.Array:
+    """Replace the zero columns of `basis` by fixed random ones of length about 1."""
+    rows = basis.shape[0] * matrix.col_ways
+    columns = jax.random.normal(jax.random.key(0), (rows, matrix.rank), basis.dtype)
+    if matrix.col_axes:  # the same numbers as on one device
+        start = lax.axis_index(matrix.col_axes) * basis.shape[0]
+        columns = lax.dynamic_slice_in_dim(columns, start, basis.shape[0])
+    dead = _psum(jnp.sum(jnp.abs(basis), axis=0), matrix.col_axes) == 0
+    return jnp.where(dead, columns / np.sqrt(rows), basis)
+
+
+def orthonormal(matrix: chex.Array, axes: tuple[str, ...] = ()) -> chex.Array:
+    r"""Return an orthonormal basis of the columns of `matrix` by shifted Cholesky-QR.
+
+    $Q = Y \mathrm{chol}(Y^T Y + \delta I)^{-T}$, twice. Only products and an `(r, r)`
+    factorisation, so it runs on matrix units and, with rows divided over `axes`, sums
+    r^2 numbers between devices. Zero columns stay zero. Dependent columns give
+    directions of rounding size, which the second pass turns into arbitrary orthonormal
+    ones: harmless, since $Q Q^T A$ stays a projection of $A$.
+
+    Args:
+        matrix: Shape `(rows, r)`, this device's rows.
+        axes: Mesh axes that divide the rows.
+
+    Returns:
+        Array of the shape of `matrix`.
+    """
+    rank = matrix.shape[1]
+    # Above the rounding of an (r, r) Gram matrix of unit diagonal.
+    shift = 8 * rank * jnp.finfo(matrix.dtype).eps
+    eye = jnp.eye(rank, dtype=matrix.dtype)
+    for _ in range(2):
+        peak = jnp.max(jnp.abs(matrix), axis=0)
+        peak = lax.pmax(peak, axes) if axes else peak
+        matrix = matrix / jnp.where(peak > 0, peak, 1)
+        square = _psum(jnp.sum(matrix**2, axis=0), axes)
+        matrix = matrix / jnp.sqrt(jnp.where(square > 0, square, 1))
+        gram = _psum(_dot(matrix.T, matrix), axes)
+        gram = gram * (1 - eye) + eye
+        factor = jnp.linalg.cholesky(gram + shift * eye)
+        matrix = lax.linalg.triangular_solve(
+            factor, matrix, left_side=False, lower=True, transpose_a=True
+        )
+    return matrix

@@ -1,0 +1,111 @@
+"""What goes on inside an optimizer, computed from its state on request."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from efcp_jax.transforms import (
+    ErrorFeedbackState,
+    ScaleByGgtState,
+    ScaleByMfacState,
+)
+
+
+_STATES = (ErrorFeedbackState, ScaleByMfacState, ScaleByGgtState)
+
+
+def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
+    r"""Return the figures that tell whether a preconditioner is healthy.
+
+    Pure and jit-compatible; costs an eigendecomposition of an `(m, m)` matrix and one
+    pass over the error, so call it every so many steps.
+
+    Args:
+        state: The state of any optimizer that contains exactly one of this package's
+            transformations, however deeply chained, masked or wrapped.
+
+    Returns:
+        A dictionary of arrays, those that the transformation has:
+
+        * `count`, `skipped`: updates so far, and those skipped because an entry of the
+          gradient was not finite, int32.
+        * `error_norm`: $|e|$, and `error_ratio`: $|e|^2 / (|e|^2 + |c|^2)$ with the
+          newest compressed gradient, in [0, 1). Near 0 nothing is dropped; near 1 the
+          compressor keeps almost nothing of what has accumulated.
+        * `row_norm`: $|c_t|$ of the newest row.
+        * `window_fill`: share of the slots that hold a row, in [0, 1].
+        * `spectrum`: eigenvalues of $K = G G^T$, the squared singular values of the
+          window, ascending, shape `(m,)`. It overflows for rows above 1e19.
+        * `effective_rank`: $\exp$ of the entropy of the normalised spectrum, between 1
+          and m; 0 for an empty window.
+
+        For a block-diagonal compressor the last two are trees, one entry a leaf.
+
+    Raises:
+        ValueError: `state` contains none of this package's states, or several.
+
+    Examples:
+        >>> import efcp_jax, jax.numpy as jnp
+        >>> tx = efcp_jax.sparse_mfac(0.1, window_size=4, density=0.5)
+        >>> params = jnp.zeros(4)
+        >>> _, state = tx.update(jnp.array([2., 1., 1., 2.]), tx.init(params), params)
+        >>> ratio = efcp_jax.diagnostics(state)["error_ratio"]  # 2 / (2 + 8)
+        >>> print(f"{ratio:.3f}")
+        0.200
+
+    References:
+        Roy and Vetterli, The effective rank: a measure of effective dimensionality,
+        EUSIPCO 2007
+    """
+    found = [
+        leaf
+        for leaf in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _STATES))
+        if isinstance(leaf, _STATES)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            "`state` must contain exactly one state of this package, got"
+            f" {len(found)}. Pass the part of the state that belongs to one"
+            " transformation."
+        )
+    inner = found[0]
+    result: dict[str, chex.ArrayTree] = {"count": inner.count, "skipped": inner.skipped}
+    if inner.error is not None:
+        result["error_norm"] = optax.tree.norm(
+            jax.tree.map(
+                lambda e: e.astype(jnp.result_type(e, jnp.float32)), inner.error
+            )
+        )
+    if isinstance(inner, ErrorFeedbackState):
+        return result
+    window, size = inner.window, inner.window.scale.shape[0]
+    newest = (window.slot - 1) % size
+    squared = sum(jnp.diagonal(gram)[newest] for gram in jax.tree.leaves(inner.gram))
+    result["row_norm"] = window.scale[newest] * jnp.sqrt(squared)
+    if inner.error is not None:
+        # Divided by the larger of the two, so that no square overflows.
+        both = jnp.stack([result["error_norm"], result["row_norm"]])
+        largest = jnp.max(both)
+        error, row = (both / jnp.where(largest > 0, largest, 1)) ** 2
+        total = jnp.where(largest > 0, error + row, 1)
+        result["error_ratio"] = error / total
+    result["window_fill"] = window.filled / jnp.asarray(size, jnp.float32)
+    spectra = jax.tree.map(
+        lambda gram: jnp.maximum(
+            jnp.linalg.eigvalsh(window.scale[:, None] * gram * window.scale), 0
+        ),
+        inner.gram,
+    )
+    result["spectrum"] = spectra
+    result["effective_rank"] = jax.tree.map(_effective_rank, spectra)
+    return result
+
+
+def _effective_rank(spectrum: chex.Array) -> chex.Array:
+    total = jnp.sum(spectrum)
+    share = spectrum / jnp.where(total > 0, total, 1)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(share, share))
+    return jnp.where(total > 0, jnp.exp(entropy), 0)

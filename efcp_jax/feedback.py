@@ -1,0 +1,88 @@
+r"""Error feedback: what compression drops now is added to the next gradient.
+
+$a_t = e_t + g_t$, $c_t = C(a_t)$, $e_{t+1} = a_t - c_t$, $e_0 = 0$. Nothing is lost,
+only delayed; the rounding of stored values is part of the error.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from efcp_jax.compressors import Space
+
+
+class Compressed(NamedTuple):
+    """The compressed gradient of one step.
+
+    Attributes:
+        row: The row $c_t / s$, entries of magnitude at most about 1.
+        scale: The power of two $s$, a scalar; 0 for a zero gradient.
+        vector: $c_t$ in working form.
+        error: $e_{t+1}$, or None without error feedback.
+        basis: The basis of the next step, or None.
+        finite: Whether all entries of $a_t$ on this device are finite.
+    """
+
+    row: chex.ArrayTree
+    scale: chex.Array
+    vector: chex.ArrayTree
+    error: chex.ArrayTree | None
+    basis: chex.ArrayTree | None
+    finite: chex.Array
+
+
+def compress(
+    space: Space,
+    gradient: chex.ArrayTree,
+    error: chex.ArrayTree | None,
+    basis: chex.ArrayTree | None,
+    *,
+    scaled: bool,
+) -> Compressed:
+    """Compress `gradient` plus `error` and return the row and the error that remains.
+
+    Args:
+        space: The representation.
+        gradient: $g_t$ in working form.
+        error: $e_t$, of the same shapes in any floating dtype; None for no feedback.
+        basis: What the representation carries between steps.
+        scaled: Whether to divide the row by the power of two above its largest entry,
+            which is exact and lets gradients of any magnitude share a window. It needs
+            that magnitude on all devices, so it is left out where they would have to
+            ask each other.
+
+    Returns:
+        The compressed gradient and everything the next step needs.
+    """
+    total = gradient
+    if error is not None:
+        total = jax.tree.map(lambda g, e: g + e.astype(g.dtype), gradient, error)
+    peaks = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(total)]
+    peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
+    if scaled:
+        scale, inverse = power_of_two(peak)
+    else:
+        scale = inverse = jnp.ones_like(peak)
+    row, basis = space.compress(jax.tree.map(lambda leaf: leaf * inverse, total), basis)
+    vector = jax.tree.map(lambda leaf: leaf * scale, space.expand(row))
+    if error is not None:
+        error = jax.tree.map(
+            lambda a, c, e: (a - c).astype(e.dtype), total, vector, error
+        )
+    return Compressed(row, scale, vector, error, basis, jnp.isfinite(peak))
+
+
+def power_of_two(peak: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Return the least power of two above `peak`, and its inverse; zeros for zero.
+
+    Both are normal numbers, so multiplying by one and then the other is exact.
+    """
+    info = jnp.finfo(peak.dtype)
+    _, exponent = jnp.frexp(peak)
+    exponent = jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)
+    one = jnp.ones_like(peak)
+    scale, inverse = jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
+    zero = jnp.zeros_like(peak)
+    return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)

@@ -1,0 +1,38 @@
+"""The Gram matrix of the window, under replacement of one row, and the age of rows."""
+
+import chex
+import jax.numpy as jnp
+
+
+def replace(
+    gram: chex.Array, products: chex.Array, slot: chex.Array, accept: chex.Array
+) -> chex.Array:
+    """Return `gram` with row and column `slot` set to `products`, if `accept`.
+
+    Every entry is a fresh inner product of two stored rows, so nothing drifts however
+    often rows are replaced.
+
+    Args:
+        gram: Inner products of the stored rows, shape `(m, m)`.
+        products: Inner products of all rows with the new one, shape `(m,)`.
+        slot: Slot of the new row, int32.
+        accept: Whether to replace at all, a boolean.
+
+    Returns:
+        Array of the shape and dtype of `gram`.
+    """
+    products = jnp.where(accept, products, gram[slot])
+    return gram.at[slot].set(products).at[:, slot].set(products)
+
+
+def ages(size: int, slot: chex.Array) -> chex.Array:
+    """Return the age of every slot when the newest row is at `slot`; 0 is the newest.
+
+    Args:
+        size: Number of slots m.
+        slot: Slot of the newest row, int32.
+
+    Returns:
+        Whole numbers in [0, m), int32, shape `(m,)`.
+    """
+    return (slot - jnp.arange(size, dtype=jnp.int32)) % size

@@ -1,0 +1,107 @@
+"""How many bytes an optimizer's state takes, without allocating any."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+import optax
+
+from efcp_jax.transforms import ScaleByGgtState, ScaleByMfacState
+
+
+class MemoryReport(NamedTuple):
+    """Bytes of an optimizer's state; `str()` gives a table.
+
+    Attributes:
+        fields: Bytes of each array of the state, or of each tree of them, by its path.
+        total: Sum of `fields`.
+        parameters: Number of parameters.
+        per_parameter: `total` over `parameters`.
+        dense_window: Bytes of an uncompressed float32 window of the same size; 0 if
+            the optimizer has no window.
+        adam: Bytes of Adam's state for the same parameters.
+    """
+
+    fields: dict[str, int]
+    total: int
+    parameters: int
+    per_parameter: float
+    dense_window: int
+    adam: int
+
+    def __str__(self) -> str:
+        """Return the report as a table."""
+        rows = [*self.fields.items(), ("total", self.total)]
+        rows += [("dense float32 window", self.dense_window), ("Adam", self.adam)]
+        width = max(len(name) for name, _ in rows)
+        count = max(self.parameters, 1)
+        lines = [f"{'':{width}}  {'bytes':>16}  {'a parameter':>11}"]
+        lines += [f"{n:{width}}  {b:16,}  {b / count:11.2f}" for n, b in rows]
+        return "\n".join(lines)
+
+
+def memory_report(
+    tx: optax.GradientTransformation, params: chex.ArrayTree
+) -> MemoryReport:
+    r"""Count the bytes of the state that `tx.init(params)` would make.
+
+    $\sum_{\mathrm{arrays}} \mathrm{size} \cdot \mathrm{itemsize}$, from
+    `jax.eval_shape`: nothing is allocated, so models larger than the machine can be
+    planned.
+
+    Args:
+        tx: Any gradient transformation; comparisons with a dense window need one that
+            contains `scale_by_mfac` or `scale_by_ggt`.
+        params: Parameters, or `jax.ShapeDtypeStruct`s in their place.
+
+    Returns:
+        A `MemoryReport`. Fields of the window are listed one by one; over several
+        devices the bytes are those of all devices together.
+
+    Examples:
+        >>> import efcp_jax, jax, jax.numpy as jnp
+        >>> params = {"w": jax.ShapeDtypeStruct((4096, 1000), jnp.float32)}
+        >>> tx = efcp_jax.sparse_mfac(
+        ...     1e-3, window_size=100, value_dtype=jnp.bfloat16)
+        >>> report = efcp_jax.memory_report(tx, params)
+        >>> print(f"{report.per_parameter:.1f} bytes a parameter")
+        8.0 bytes a parameter
+        >>> print(f"{report.dense_window / report.total:.0f} times less")
+        50 times less
+    """
+    state = jax.eval_shape(tx.init, params)
+    fields: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        # The names of state fields, without the keys of the parameter tree below them.
+        names = []
+        for key in path:
+            if isinstance(key, jax.tree_util.GetAttrKey):
+                names.append(key.name)
+            elif names or not isinstance(key, jax.tree_util.SequenceKey):
+                break
+        name = ".".join(names) or jax.tree_util.keystr(path)
+        fields[name] = fields.get(name, 0) + _bytes(leaf)
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    total = sum(fields.values())
+    return MemoryReport(
+        fields=fields,
+        total=total,
+        parameters=count,
+        per_parameter=total / max(count, 1),
+        dense_window=sum(4 * count * m for m in _window_sizes(state)),
+        adam=sum(
+            _bytes(x)
+            for x in jax.tree.leaves(jax.eval_shape(optax.adam(1).init, params))
+        ),
+    )
+
+
+def _bytes(leaf: Any) -> int:
+    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _window_sizes(state: Any) -> list[int]:
+    kinds = (ScaleByMfacState, ScaleByGgtState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [n.window.scale.shape[0] for n in nodes if isinstance(n, kinds)]

@@ -1,0 +1,69 @@
+"""What every optimizer puts behind its preconditioner."""
+
+import math
+from typing import Any
+
+import chex
+import jax
+import optax
+
+from efcp_jax import _validate
+
+
+# Entries a block of the sparse optimizers: the piece of the gradient that a block
+# touches stays in the cache, and offsets take two bytes.
+BLOCK_SIZE = 4096
+
+
+def with_learning_rate(
+    preconditioner: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: optax.ScalarOrSchedule | None,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Chain momentum, decoupled weight decay and the learning rate behind.
+
+    What is not needed is replaced by `optax.identity`, so that the state has the same
+    structure whether or not a hyperparameter is injected.
+    """
+    _validate.number(
+        "learning_rate",
+        learning_rate,
+        low=-math.inf,
+        open_low=True,
+        remedy="Pass a number or a schedule from step to number.",
+    )
+    _validate.number(
+        "weight_decay", weight_decay, low=0.0, remedy="Pass 0.0 for no weight decay."
+    )
+    return optax.chain(
+        preconditioner,
+        optax.identity() if momentum is None else _trace(momentum),
+        (
+            optax.identity()
+            if _is_zero(weight_decay)
+            else optax.add_decayed_weights(weight_decay, mask)
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _trace(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    _validate.number(
+        "momentum",
+        momentum,
+        low=0.0,
+        high=1.0,
+        open_high=True,
+        remedy="Pass None for no momentum.",
+    )
+    if _is_zero(momentum):
+        return optax.identity()
+    if callable(momentum):
+        return optax.inject_hyperparams(optax.trace)(decay=momentum)
+    return optax.trace(momentum)
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, chex.Array | jax.core.Tracer) and value == 0

@@ -1,0 +1,92 @@
+"""The sliding window: the last m rows, whatever their representation.
+
+Row i of the window stands for the past gradient $s_i r_i$, with a stored row $r_i$ of
+magnitude about 1 and a power of two $s_i$. Slots that were never filled have scale 0
+and zero rows, and need no special case.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from efcp_jax.compressors import ROW_AXIS, Space
+
+
+class Window(NamedTuple):
+    """The last m compressed gradients.
+
+    Attributes:
+        rows: The stored rows, every array `(s, m, ...)`.
+        scale: The power of two that multiplies each row, shape `(m,)`.
+        slot: The slot that the next row will overwrite, int32.
+        filled: The number of slots that hold a row, int32.
+    """
+
+    rows: chex.ArrayTree
+    scale: chex.Array
+    slot: chex.Array
+    filled: chex.Array
+
+
+def empty(space: Space, size: int, dtype: chex.ArrayDType) -> Window:
+    """Return a window of `size` zero rows."""
+    _, row, _ = space.zeros()
+
+    def stack(leaf: chex.Array) -> chex.Array:
+        shape = (*leaf.shape[:ROW_AXIS], size, *leaf.shape[ROW_AXIS:])
+        return jnp.zeros(shape, leaf.dtype)
+
+    return Window(
+        rows=jax.tree.map(stack, row),
+        scale=jnp.zeros(size, dtype),
+        slot=jnp.zeros((), jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+    )
+
+
+def read(window: Window, slot: chex.Array) -> chex.ArrayTree:
+    """Return the stored row at `slot`."""
+    return jax.tree.map(
+        lambda rows: lax.dynamic_index_in_dim(rows, slot, ROW_AXIS, keepdims=False),
+        window.rows,
+    )
+
+
+def insert(
+    window: Window, row: chex.ArrayTree, scale: chex.Array, accept: chex.Array
+) -> Window:
+    """Overwrite the oldest row, or return the window as it was if not `accept`.
+
+    The choice is made on one row, so the window itself is updated in place.
+    """
+    slot = window.slot
+    size = window.scale.shape[0]
+
+    def write(rows: chex.Array, new: chex.Array, old: chex.Array) -> chex.Array:
+        kept = jnp.where(accept, new, old)
+        return lax.dynamic_update_index_in_dim(rows, kept, slot, ROW_AXIS)
+
+    return Window(
+        rows=jax.tree.map(write, window.rows, row, read(window, slot)),
+        scale=window.scale.at[slot].set(jnp.where(accept, scale, window.scale[slot])),
+        slot=jnp.where(accept, (slot + 1) % size, slot),
+        filled=jnp.where(accept, jnp.minimum(window.filled + 1, size), window.filled),
+    )
+
+
+def inner(space: Space, window: Window, row: chex.ArrayTree) -> chex.ArrayTree:
+    """Return the stored rows' inner products with `row` once it is at the next slot.
+
+    Shape `(m,)` for each Gram matrix, this device's share. The entry of the row about
+    to be overwritten is the row's product with itself.
+    """
+    products = space.inner(window.rows, row)
+    alone = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, ROW_AXIS), row)
+    return jax.tree.map(
+        lambda all_rows, itself: all_rows.at[window.slot].set(itself[0]),
+        products,
+        space.inner(alone, row),
+    )

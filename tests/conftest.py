@@ -1,0 +1,20 @@
+"""Settings that every test shares; they must be made before JAX starts."""
+
+import os
+
+
+# Several JAX processes that share the cores make LAPACK's threads wait on each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import pytest
+
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def x64():
+    """Run one test with 64-bit types."""
+    with jax.enable_x64(True):
+        yield
