@@ -9,12 +9,13 @@ import numbers
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 
 def _reject_tracer(name: str, value: Any) -> None:
-    if isinstance(value, (jax.Array, jax.core.Tracer)):
+    if isinstance(value, (jax.Array, Tracer)):
         raise TypeError(
             f"`{name}` shapes the optimizer state, so it must be a Python value known"
             f" before tracing, got {value!r}. Under `optax.inject_hyperparams` name it"
@@ -45,7 +46,7 @@ def fraction(name: str, value: Any) -> float:
             f"`{name}` must be a number in (0, 1], got {value!r} of type"
             f" {type(value).__name__}. Pass a fraction such as `{name}=0.01`."
         )
-    if not 0.0 < value <= 1.0:
+    if not 0.0 < float(value) <= 1.0:
         raise ValueError(
             f"`{name}` must be in (0, 1], got {value}. To keep one entry in a hundred"
             f" pass `{name}=0.01`; to keep all of them pass `{name}=1.0`."
@@ -101,7 +102,7 @@ def number(
 
     Schedules and tracers pass: their values are not known here.
     """
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, Tracer):
         return value
     interval = (
         f"{'(' if open_low else '['}{low:g}, {high:g}"

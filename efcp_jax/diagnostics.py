@@ -72,7 +72,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
             " transformation."
         )
     inner = found[0]
-    result: dict[str, chex.ArrayTree] = {"count": inner.count, "skipped": inner.skipped}
+    result: dict[str, Any] = {"count": inner.count, "skipped": inner.skipped}
     if inner.error is not None:
         result["error_norm"] = optax.tree.norm(
             jax.tree.map(
@@ -104,7 +104,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     return result
 
 
-def _effective_rank(spectrum: chex.Array) -> chex.Array:
+def _effective_rank(spectrum: jax.Array) -> jax.Array:
     total = jnp.sum(spectrum)
     share = spectrum / jnp.where(total > 0, total, 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share))

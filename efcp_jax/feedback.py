@@ -26,11 +26,11 @@ class Compressed(NamedTuple):
     """
 
     row: chex.ArrayTree
-    scale: chex.Array
+    scale: jax.Array
     vector: chex.ArrayTree
     error: chex.ArrayTree | None
     basis: chex.ArrayTree | None
-    finite: chex.Array
+    finite: jax.Array
 
 
 def compress(
@@ -74,7 +74,7 @@ def compress(
     return Compressed(row, scale, vector, error, basis, jnp.isfinite(peak))
 
 
-def power_of_two(peak: chex.Array) -> tuple[chex.Array, chex.Array]:
+def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the least power of two above `peak`, and its inverse; zeros for zero.
 
     Both are normal numbers, so multiplying by one and then the other is exact.

@@ -1,12 +1,12 @@
 """The Gram matrix of the window, under replacement of one row, and the age of rows."""
 
-import chex
+import jax
 import jax.numpy as jnp
 
 
 def replace(
-    gram: chex.Array, products: chex.Array, slot: chex.Array, accept: chex.Array
-) -> chex.Array:
+    gram: jax.Array, products: jax.Array, slot: jax.Array, accept: jax.Array
+) -> jax.Array:
     """Return `gram` with row and column `slot` set to `products`, if `accept`.
 
     Every entry is a fresh inner product of two stored rows, so nothing drifts however
@@ -25,7 +25,7 @@ def replace(
     return gram.at[slot].set(products).at[:, slot].set(products)
 
 
-def ages(size: int, slot: chex.Array) -> chex.Array:
+def ages(size: int, slot: jax.Array) -> jax.Array:
     """Return the age of every slot when the newest row is at `slot`; 0 is the newest.
 
     Args:

@@ -9,7 +9,7 @@ anew from shapes each time a function is traced and never enters the state.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -65,7 +65,7 @@ class Layout:
             and the update is gathered from them.
     """
 
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any  # a PyTreeDef
     leaves: tuple[Leaf, ...]
     dtype: np.dtype
     mesh: tuple[tuple[str, int], ...] = ()
@@ -86,11 +86,11 @@ class Layout:
         owned = {*leaf.axes, *self.split}
         return self.ways(tuple(name for name in self.axes if name not in owned))
 
-    def sum(self, value: chex.ArrayTree) -> chex.ArrayTree:
+    def sum(self, value: Any) -> Any:
         """Sum `value` over all devices; the one collective of a step."""
         return lax.psum(value, self.axes) if self.axes else value
 
-    def own(self, array: chex.Array, axis: int) -> chex.Array:
+    def own(self, array: jax.Array, axis: int) -> jax.Array:
         """Return this device's part of `array`, divided along `axis` among `split`."""
         if not self.split:
             return array
@@ -98,13 +98,13 @@ class Layout:
         start = lax.axis_index(self.split) * part
         return lax.dynamic_slice_in_dim(array, start, part, axis)
 
-    def gather(self, array: chex.Array, axis: int) -> chex.Array:
+    def gather(self, array: jax.Array, axis: int) -> jax.Array:
         """Undo `own`: join the parts of all devices of `split` along `axis`."""
         if not self.split:
             return array
         return lax.all_gather(array, self.split, axis=axis, tiled=True)
 
-    def matrices(self, tree: chex.ArrayTree) -> list[chex.Array]:
+    def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` as real matrices in the working dtype."""
         matrices = []
         for value, leaf in zip(jax.tree.leaves(tree), self.leaves, strict=True):
@@ -115,7 +115,7 @@ class Layout:
             matrices.append(value.astype(self.dtype).reshape(leaf.matrix_shape))
         return matrices
 
-    def tree(self, matrices: list[chex.Array]) -> chex.ArrayTree:
+    def tree(self, matrices: list[jax.Array]) -> chex.ArrayTree:
         """Undo `matrices`; the one place where an update is cast to its dtype."""
         values = []
         for matrix, leaf in zip(matrices, self.leaves, strict=True):
@@ -125,7 +125,7 @@ class Layout:
         return self.treedef.unflatten(values)
 
 
-def _cast(value: chex.Array, dtype: np.dtype) -> chex.Array:
+def _cast(value: jax.Array, dtype: np.dtype) -> jax.Array:
     """Cast to `dtype`; what overflows a narrower float becomes its largest number."""
     if jnp.issubdtype(dtype, jnp.floating) and dtype != value.dtype:
         largest = float(jnp.finfo(dtype).max)

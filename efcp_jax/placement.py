@@ -75,7 +75,7 @@ def _explicit_sharding(leaf: Any) -> NamedSharding | None:
 
 
 def layout(
-    tree: chex.ArrayTree, dtype: chex.ArrayDType, placement: Placement | None
+    tree: chex.ArrayTree, dtype: jax.typing.DTypeLike, placement: Placement | None
 ) -> Layout:
     """Return the layout of `tree` on each device of `placement`."""
     leaves, treedef = jax.tree.flatten(tree)

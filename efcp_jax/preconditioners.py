@@ -25,12 +25,12 @@ _NOISE = 10.0
 
 
 def mfac_coefficients(
-    gram: chex.Array,
-    scale: chex.Array,
-    slot: chex.Array,
+    gram: jax.Array,
+    scale: jax.Array,
+    slot: jax.Array,
     damping: chex.Numeric,
     divisor: chex.Numeric,
-) -> chex.Array:
+) -> jax.Array:
     r"""Return $S (\lambda I + S \hat K S / n)^{-1} e_j$.
 
     The matrix is scaled to unit diagonal, so rows may differ in norm by any factor, and
@@ -70,7 +70,7 @@ def mfac_coefficients(
     return weights * solution * inverse[slot]
 
 
-def _solve_unit_diagonal(matrix: chex.Array, rhs: chex.Array) -> chex.Array:
+def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
     """Solve with a positive semidefinite `matrix` of unit diagonal; always finite."""
     noise = _NOISE * jnp.finfo(matrix.dtype).eps
     factor = jnp.linalg.cholesky(matrix)
@@ -95,14 +95,14 @@ def _solve_unit_diagonal(matrix: chex.Array, rhs: chex.Array) -> chex.Array:
 
 
 def ggt_coefficients(
-    gram: chex.Array,
-    scale: chex.Array,
-    age: chex.Array,
-    filled: chex.Array,
+    gram: jax.Array,
+    scale: jax.Array,
+    age: jax.Array,
+    filled: jax.Array,
     eps: chex.Numeric,
     b1: chex.Numeric,
     b2: chex.Numeric,
-) -> chex.Array:
+) -> jax.Array:
     r"""Return $S D ((D S \hat K S D)^{1/2} + \epsilon I)^{-1} D^{-1} b$.
 
     $D = \mathrm{diag}(b_2^{age})$ lets old rows fade and
@@ -147,5 +147,5 @@ def ggt_coefficients(
     return weights * _dot(vectors, rotated)
 
 
-def _dot(left: chex.Array, right: chex.Array) -> chex.Array:
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.dot(left, right, precision=lax.Precision.HIGHEST)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
@@ -34,8 +35,8 @@ class ErrorFeedbackState(NamedTuple):
         basis: What the compressor carries between steps, or None.
     """
 
-    count: chex.Array
-    skipped: chex.Array
+    count: jax.Array
+    skipped: jax.Array
     error: chex.ArrayTree
     basis: chex.ArrayTree | None
 
@@ -54,8 +55,8 @@ class ScaleByMfacState(NamedTuple):
             matrices where the compressor is block diagonal.
     """
 
-    count: chex.Array
-    skipped: chex.Array
+    count: jax.Array
+    skipped: jax.Array
     error: chex.ArrayTree | None
     basis: chex.ArrayTree | None
     window: Window
@@ -65,8 +66,8 @@ class ScaleByMfacState(NamedTuple):
 class ScaleByGgtState(NamedTuple):
     """State of `scale_by_ggt`; the fields are those of `ScaleByMfacState`."""
 
-    count: chex.Array
-    skipped: chex.Array
+    count: jax.Array
+    skipped: jax.Array
     error: chex.ArrayTree | None
     basis: chex.ArrayTree | None
     window: Window
@@ -75,13 +76,13 @@ class ScaleByGgtState(NamedTuple):
 
 # Returns the coefficients of the stored rows from the Gram matrix, the window behind
 # the insertion, the slot of the newest row and the values of the hyperparameters.
-_Coefficients = Callable[[chex.Array, Window, chex.Array, dict[str, Any]], chex.Array]
+_Coefficients = Callable[[jax.Array, Window, jax.Array, dict[str, Any]], jax.Array]
 
 
 def error_feedback(
     compressor: Compressor | None = None,
     *,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -141,7 +142,8 @@ def error_feedback(
 
     def specs(space: Space) -> ErrorFeedbackState:
         vector, _, basis = space.specs()
-        return ErrorFeedbackState(PartitionSpec(), PartitionSpec(), vector, basis)
+        one: Any = PartitionSpec()
+        return ErrorFeedbackState(one, one, vector, basis)
 
     def step(space: Space, updates, state: ErrorFeedbackState, values):
         del values
@@ -154,7 +156,7 @@ def error_feedback(
             accept = layout.sum(jnp.where(new.finite, 0, 1)) == 0
         update = jax.tree.map(lambda c: jnp.where(accept, c, 0), new.vector)
         return space.unpack(update), ErrorFeedbackState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             skipped=_count_skipped(state.skipped, accept),
             error=_select(accept, new.error, state.error),
             basis=_select(accept, new.basis, state.basis),
@@ -169,7 +171,7 @@ def scale_by_mfac(
     *,
     compressor: Compressor | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     divisor: str = "window_size",
     skip_nonfinite: bool = True,
     sharding: Any = None,
@@ -264,7 +266,7 @@ def scale_by_ggt(
     b2: chex.Numeric = 1.0,
     compressor: Compressor | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -334,7 +336,7 @@ def scale_by_ggt(
     b2 = _validate.number(
         "b2", b2, low=0.0, high=1.0, open_low=True, remedy="Pass 1.0 for no decay."
     )
-    concrete = not any(isinstance(each, jax.core.Tracer) for each in (b1, b2))
+    concrete = not any(isinstance(each, Tracer) for each in (b1, b2))
     if concrete and not callable(b1) and not callable(b2) and b1 > b2:
         raise ValueError(
             f"`b1` must be at most `b2`, got b1={b1} and b2={b2}: the first moment"
@@ -375,7 +377,7 @@ def _preconditioner(
     window_size: int | None,
     compressor: Compressor | None,
     error_feedback: bool,
-    error_dtype: chex.ArrayDType | None,
+    error_dtype: jax.typing.DTypeLike | None,
     skip_nonfinite: bool,
     sharding: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -406,7 +408,7 @@ def _preconditioner(
 
     def specs(space: Space):
         vector, row, basis = space.specs()
-        one = PartitionSpec()
+        one: Any = PartitionSpec()
         return state_type(
             count=one,
             skipped=one,
@@ -532,11 +534,11 @@ def _compressor(compressor: Compressor | None) -> Compressor:
     return compressor
 
 
-def _select(accept: chex.Array, new: Any, old: Any) -> Any:
+def _select(accept: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
 
-def _count_skipped(skipped: chex.Array, accept: chex.Array) -> chex.Array:
+def _count_skipped(skipped: jax.Array, accept: jax.Array) -> jax.Array:
     return jnp.where(accept, skipped, optax.safe_increment(skipped))
 
 

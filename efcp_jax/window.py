@@ -26,16 +26,16 @@ class Window(NamedTuple):
     """
 
     rows: chex.ArrayTree
-    scale: chex.Array
-    slot: chex.Array
-    filled: chex.Array
+    scale: jax.Array
+    slot: jax.Array
+    filled: jax.Array
 
 
-def empty(space: Space, size: int, dtype: chex.ArrayDType) -> Window:
+def empty(space: Space, size: int, dtype: jax.typing.DTypeLike) -> Window:
     """Return a window of `size` zero rows."""
     _, row, _ = space.zeros()
 
-    def stack(leaf: chex.Array) -> chex.Array:
+    def stack(leaf: jax.Array) -> jax.Array:
         shape = (*leaf.shape[:ROW_AXIS], size, *leaf.shape[ROW_AXIS:])
         return jnp.zeros(shape, leaf.dtype)
 
@@ -47,7 +47,7 @@ def empty(space: Space, size: int, dtype: chex.ArrayDType) -> Window:
     )
 
 
-def read(window: Window, slot: chex.Array) -> chex.ArrayTree:
+def read(window: Window, slot: jax.Array) -> chex.ArrayTree:
     """Return the stored row at `slot`."""
     return jax.tree.map(
         lambda rows: lax.dynamic_index_in_dim(rows, slot, ROW_AXIS, keepdims=False),
@@ -56,7 +56,7 @@ def read(window: Window, slot: chex.Array) -> chex.ArrayTree:
 
 
 def insert(
-    window: Window, row: chex.ArrayTree, scale: chex.Array, accept: chex.Array
+    window: Window, row: chex.ArrayTree, scale: jax.Array, accept: jax.Array
 ) -> Window:
     """Overwrite the oldest row, or return the window as it was if not `accept`.
 
@@ -65,7 +65,7 @@ def insert(
     slot = window.slot
     size = window.scale.shape[0]
 
-    def write(rows: chex.Array, new: chex.Array, old: chex.Array) -> chex.Array:
+    def write(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
         kept = jnp.where(accept, new, old)
         return lax.dynamic_update_index_in_dim(rows, kept, slot, ROW_AXIS)
 

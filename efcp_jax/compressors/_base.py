@@ -9,7 +9,7 @@ kinds of values:
 * a *window*: m rows stacked along axis 1, a tree of arrays `(s, m, ...)`.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import chex
 
@@ -20,6 +20,13 @@ from efcp_jax.layout import Layout
 # divided among devices and scanned block by block.
 ROW_AXIS = 1
 
+# Only its space knows which tree of arrays each of these is.
+Vector: TypeAlias = Any
+Row: TypeAlias = Any
+Rows: TypeAlias = Any
+Basis: TypeAlias = Any
+Gram: TypeAlias = Any
+
 
 class Space(Protocol):
     """The operations of one representation, on trees of one layout."""
@@ -29,15 +36,15 @@ class Space(Protocol):
         """The leaves of the tree on this device."""
         ...
 
-    def pack(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+    def pack(self, tree: chex.ArrayTree) -> Vector:
         """Return `tree` as this device's vector."""
         ...
 
-    def unpack(self, vector: chex.ArrayTree) -> chex.ArrayTree:
+    def unpack(self, vector: Vector) -> chex.ArrayTree:
         """Undo `pack`, in the dtypes of the tree's leaves."""
         ...
 
-    def zeros(self) -> tuple[chex.ArrayTree, chex.ArrayTree, chex.ArrayTree | None]:
+    def zeros(self) -> tuple[Vector, Row, Basis | None]:
         """Return the zero vector, the zero row, and the first basis (or None)."""
         ...
 
@@ -45,17 +52,15 @@ class Space(Protocol):
         """Return the `PartitionSpec` of each array that `zeros` returns."""
         ...
 
-    def compress(
-        self, vector: chex.ArrayTree, basis: chex.ArrayTree | None
-    ) -> tuple[chex.ArrayTree, chex.ArrayTree | None]:
+    def compress(self, vector: Vector, basis: Basis | None) -> tuple[Row, Basis | None]:
         """Return the row that stands for `vector`, and the basis of the next call."""
         ...
 
-    def expand(self, row: chex.ArrayTree) -> chex.ArrayTree:
+    def expand(self, row: Row) -> Vector:
         """Return the vector that `row` stands for."""
         ...
 
-    def inner(self, window: chex.ArrayTree, row: chex.ArrayTree) -> chex.ArrayTree:
+    def inner(self, window: Rows, row: Row) -> Gram:
         """Return G x: this device's share of the inner products of rows and `row`.
 
         Shape `(m,)`, or for a block-diagonal Gram a tree of such arrays. Summed over
@@ -63,13 +68,11 @@ class Space(Protocol):
         """
         ...
 
-    def combine(
-        self, window: chex.ArrayTree, coefficients: chex.ArrayTree
-    ) -> chex.ArrayTree:
+    def combine(self, window: Rows, coefficients: Gram) -> Vector:
         """Return the vector G^T w; the adjoint of `inner` on one device."""
         ...
 
-    def grams(self, value: chex.Array) -> chex.ArrayTree:
+    def grams(self, value: Any) -> Gram:
         """Return `value` once for each Gram matrix of the representation."""
         ...
 

@@ -8,6 +8,7 @@ separate blocks, so that equal blocks stay equal on all devices that hold them.
 import dataclasses
 
 import chex
+import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -75,7 +76,7 @@ class Blocks:
         """How an array of blocks is divided among devices: along its first axis."""
         return PartitionSpec(self.layout.axes or None)
 
-    def pack(self, tree: chex.ArrayTree) -> chex.Array:
+    def pack(self, tree: chex.ArrayTree) -> jax.Array:
         """Return this device's blocks of `tree`, shape `(count, size)`."""
         matrices = self.layout.matrices(tree)
         pieces = []
@@ -86,10 +87,10 @@ class Blocks:
         blocks = jnp.concatenate(pieces).reshape(-1, self.size)
         return self.layout.own(blocks, axis=0)
 
-    def unpack(self, blocks: chex.Array) -> chex.ArrayTree:
+    def unpack(self, blocks: jax.Array) -> chex.ArrayTree:
         """Return the tree whose blocks, over all devices of `split`, are `blocks`."""
         flat = self.layout.gather(blocks, axis=0).reshape(-1)
-        matrices: dict[int, chex.Array] = {}
+        matrices: dict[int, jax.Array] = {}
         start = 0
         for indices, count in self.groups:
             offset = start
@@ -101,7 +102,7 @@ class Blocks:
             start += count * self.size
         return self.layout.tree([matrices[i] for i in range(len(matrices))])
 
-    def share(self, blocks: chex.Array) -> chex.Array:
+    def share(self, blocks: jax.Array) -> jax.Array:
         """Weigh `blocks` so that a sum over all devices counts each entry once."""
         if self.weights is None:
             return blocks

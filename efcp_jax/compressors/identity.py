@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ class Identity:
         return IdentitySpace(Blocks.of(layout, None), jnp.dtype(dtype))
 
 
-def identity(*, value_dtype: chex.ArrayDType | None = None) -> Identity:
+def identity(*, value_dtype: jax.typing.DTypeLike | None = None) -> Identity:
     """Keep every entry of the gradient.
 
     $C(a) = a$, rounded to `value_dtype`.
@@ -72,13 +73,13 @@ class IdentitySpace:
     def layout(self) -> Layout:  # noqa: D102
         return self.blocks.layout
 
-    def pack(self, tree: chex.ArrayTree) -> chex.Array:  # noqa: D102
+    def pack(self, tree: chex.ArrayTree) -> jax.Array:  # noqa: D102
         return self.blocks.pack(tree)
 
-    def unpack(self, vector: chex.Array) -> chex.ArrayTree:  # noqa: D102
+    def unpack(self, vector: jax.Array) -> chex.ArrayTree:  # noqa: D102
         return self.blocks.unpack(vector)
 
-    def zeros(self) -> tuple[chex.Array, chex.Array, None]:  # noqa: D102
+    def zeros(self) -> tuple[jax.Array, jax.Array, None]:  # noqa: D102
         shape = (self.blocks.count, self.blocks.size)
         vector = jnp.zeros(shape, self.layout.dtype)
         return vector, jnp.zeros(shape, self.dtype), None
@@ -86,14 +87,14 @@ class IdentitySpace:
     def specs(self):  # noqa: D102
         return self.blocks.spec, self.blocks.spec, None
 
-    def compress(self, vector: chex.Array, basis: None):  # noqa: D102
+    def compress(self, vector: jax.Array, basis: None):  # noqa: D102
         del basis
         return vector.astype(self.dtype), None
 
-    def expand(self, row: chex.Array) -> chex.Array:  # noqa: D102
+    def expand(self, row: jax.Array) -> jax.Array:  # noqa: D102
         return row.astype(self.layout.dtype)
 
-    def inner(self, window: chex.Array, row: chex.Array) -> chex.Array:  # noqa: D102
+    def inner(self, window: jax.Array, row: jax.Array) -> jax.Array:  # noqa: D102
         products = jnp.einsum(
             "bms,bs->bm",
             window,
@@ -103,7 +104,7 @@ class IdentitySpace:
         )
         return jnp.sum(self.blocks.share(products), axis=0)
 
-    def combine(self, window: chex.Array, coefficients: chex.Array):  # noqa: D102
+    def combine(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
         return jnp.einsum(
             "bms,m->bs",
             window.astype(coefficients.dtype),
@@ -111,5 +112,5 @@ class IdentitySpace:
             precision=lax.Precision.HIGHEST,
         )
 
-    def grams(self, value: chex.Array) -> chex.Array:  # noqa: D102
+    def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value

@@ -1,7 +1,7 @@
 """Low-rank rows: a pair of thin factors for every matrix of the gradient."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -53,7 +53,7 @@ def low_rank(
     rank: int = 4,
     *,
     block_diagonal: bool = False,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
 ) -> LowRank:
     r"""Keep a factorisation of low rank of every matrix.
 
@@ -221,7 +221,7 @@ class LowRankSpace:
         basis = self._tree([spec(() if a.whole else a.col_axes) for a in self.matrices])
         return vector, LowRankRow(left, right), basis
 
-    def compress(self, vector: chex.ArrayTree, basis: chex.ArrayTree):  # noqa: D102
+    def compress(self, vector: chex.ArrayTree, basis: Any):  # noqa: D102
         def factors(matrix: Matrix, value, start):
             if matrix.whole:
                 return jnp.ones((1, 1), self.dtype), value.T.astype(self.dtype), start
@@ -289,21 +289,21 @@ class LowRankSpace:
         values = self._map(leaf_combine, window.left, window.right, coefficients)
         return self._tree(values)
 
-    def grams(self, value: chex.Array) -> chex.ArrayTree:  # noqa: D102
+    def grams(self, value: jax.Array) -> chex.ArrayTree:  # noqa: D102
         if not self.block_diagonal:
             return value
         return self._tree([value] * len(self.matrices))
 
 
-def _dot(left: chex.Array, right: chex.Array) -> chex.Array:
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
 
 
-def _psum(value: chex.Array, axes: tuple[str, ...]) -> chex.Array:
+def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.psum(value, axes) if axes else value
 
 
-def _revive(basis: chex.Array, matrix: Matrix) -> chex.Array:
+def _revive(basis: jax.Array, matrix: Matrix) -> jax.Array:
     """Replace the zero columns of `basis` by fixed random ones of length about 1."""
     rows = basis.shape[0] * matrix.col_ways
     columns = jax.random.normal(jax.random.key(0), (rows, matrix.rank), basis.dtype)
@@ -314,7 +314,7 @@ def _revive(basis: chex.Array, matrix: Matrix) -> chex.Array:
     return jnp.where(dead, columns / np.sqrt(rows), basis)
 
 
-def orthonormal(matrix: chex.Array, axes: tuple[str, ...] = ()) -> chex.Array:
+def orthonormal(matrix: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     r"""Return an orthonormal basis of the columns of `matrix` by shifted Cholesky-QR.
 
     $Q = Y \mathrm{chol}(Y^T Y + \delta I)^{-T}$, twice. Only products and an `(r, r)`

@@ -1,9 +1,10 @@
 """Sparse rows: the entries of largest magnitude of each block of the gradient."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
+import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,8 @@ class SparseRow(NamedTuple):
             unsigned type that holds the block size.
     """
 
-    values: chex.Array
-    offsets: chex.Array
+    values: jax.Array
+    offsets: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def top_k(
     density: float = 0.01,
     *,
     block_size: int | None = None,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
 ) -> TopK:
     r"""Keep the entries of largest magnitude, over all parameters or in each block.
 
@@ -129,13 +130,13 @@ class SparseSpace:
     def layout(self) -> Layout:  # noqa: D102
         return self.blocks.layout
 
-    def pack(self, tree: chex.ArrayTree) -> chex.Array:  # noqa: D102
+    def pack(self, tree: chex.ArrayTree) -> jax.Array:  # noqa: D102
         return self.blocks.pack(tree)
 
-    def unpack(self, vector: chex.Array) -> chex.ArrayTree:  # noqa: D102
+    def unpack(self, vector: jax.Array) -> chex.ArrayTree:  # noqa: D102
         return self.blocks.unpack(vector)
 
-    def zeros(self) -> tuple[chex.Array, SparseRow, None]:  # noqa: D102
+    def zeros(self) -> tuple[jax.Array, SparseRow, None]:  # noqa: D102
         count, size = self.blocks.count, self.blocks.size
         vector = jnp.zeros((count, size), self.layout.dtype)
         shape = (count, self.kept)
@@ -145,24 +146,24 @@ class SparseSpace:
         return vector, row, None
 
     def specs(self):  # noqa: D102
-        spec = self.blocks.spec
+        spec: Any = self.blocks.spec
         return spec, SparseRow(spec, spec), None
 
-    def compress(self, vector: chex.Array, basis: None):  # noqa: D102
+    def compress(self, vector: jax.Array, basis: None):  # noqa: D102
         del basis
         _, offsets = lax.top_k(jnp.abs(vector), self.kept)
         values = jnp.take_along_axis(vector, offsets, axis=1)
         offsets = offsets.astype(offset_dtype(self.blocks.size))
         return SparseRow(values.astype(self.dtype), offsets), None
 
-    def expand(self, row: SparseRow) -> chex.Array:  # noqa: D102
+    def expand(self, row: SparseRow) -> jax.Array:  # noqa: D102
         block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
         vector = jnp.zeros((self.blocks.count, self.blocks.size), self.layout.dtype)
         return vector.at[block, row.offsets.astype(jnp.int32)].set(
             row.values.astype(vector.dtype), unique_indices=True
         )
 
-    def inner(self, window: SparseRow, row: SparseRow) -> chex.Array:  # noqa: D102
+    def inner(self, window: SparseRow, row: SparseRow) -> jax.Array:  # noqa: D102
         count, rows, kept = window.values.shape
         vector = self.blocks.share(self.expand(row))
         offsets = window.offsets.astype(jnp.int32).reshape(count, rows * kept)
@@ -170,11 +171,11 @@ class SparseSpace:
         entries = entries.reshape(window.values.shape)
         return jnp.sum(window.values.astype(vector.dtype) * entries, axis=(0, 2))
 
-    def combine(self, window: SparseRow, coefficients: chex.Array):  # noqa: D102
+    def combine(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
         block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None, None]
         vector = jnp.zeros((self.blocks.count, self.blocks.size), coefficients.dtype)
         entries = window.values.astype(vector.dtype) * coefficients[:, None]
         return vector.at[block, window.offsets.astype(jnp.int32)].add(entries)
 
-    def grams(self, value: chex.Array) -> chex.Array:  # noqa: D102
+    def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-import chex
 import jax
+from jax.core import Tracer
 import optax
 
 from efcp_jax import _validate
@@ -66,4 +66,4 @@ def _trace(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 
 def _is_zero(value: Any) -> bool:
-    return not isinstance(value, chex.Array | jax.core.Tracer) and value == 0
+    return not isinstance(value, jax.Array | Tracer) and value == 0

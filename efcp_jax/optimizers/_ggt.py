@@ -3,6 +3,7 @@
 from typing import Any
 
 import chex
+import jax
 import optax
 
 from efcp_jax import compressors
@@ -20,9 +21,9 @@ def ggt(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -113,9 +114,9 @@ def sparse_ggt(
     mask: Any = None,
     *,
     block_size: int | None = None,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -220,9 +221,9 @@ def low_rank_ggt(
     mask: Any = None,
     *,
     block_diagonal: bool = False,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import chex
+import jax
 import optax
 
 from efcp_jax import compressors
@@ -18,9 +18,9 @@ def mfac(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     divisor: str = "window_size",
     skip_nonfinite: bool = True,
     sharding: Any = None,
@@ -108,9 +108,9 @@ def sparse_mfac(
     mask: Any = None,
     *,
     block_size: int | None = None,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     divisor: str = "window_size",
     skip_nonfinite: bool = True,
     sharding: Any = None,
@@ -212,9 +212,9 @@ def low_rank_mfac(
     mask: Any = None,
     *,
     block_diagonal: bool = False,
-    value_dtype: chex.ArrayDType | None = None,
+    value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
-    error_dtype: chex.ArrayDType | None = None,
+    error_dtype: jax.typing.DTypeLike | None = None,
     divisor: str = "window_size",
     skip_nonfinite: bool = True,
     sharding: Any = None,
