@@ -4,7 +4,10 @@ Under Explicit mesh axes the shardings are part of the arrays' types. Under Auto
 traced function cannot see them, so they are given, in JAX's own types.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -39,74 +42,226 @@ def find(tree: chex.ArrayTree, sharding: Any = None) -> Placement | None:
     Returns:
         The placement; None where `sharding` is None and no leaf lives on a mesh with
         Explicit axes.
+
+    Raises:
+        TypeError: `sharding` holds something else.
+        ValueError: A leaf has no sharding, there is no mesh, or there are several.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return None
     if sharding is None:
-        types = [_explicit_sharding(leaf) for leaf in leaves]
-        meshes = [each.mesh for each in types if each is not None]
-        if not meshes:
-            return None
-        specs = (PartitionSpec() if each is None else each.spec for each in types)
-        return Placement(meshes[0], tuple(specs))
-    is_leaf = lambda node: isinstance(node, NamedSharding | PartitionSpec)
-    full = jax.tree.map(
-        lambda each, subtree: jax.tree.map(lambda _: each, subtree),
-        sharding,
-        tree,
-        is_leaf=is_leaf,
+        found = [_explicit_sharding(leaf) for leaf in leaves]
+    else:
+        found = _broadcast(sharding, tree)
+    meshes = [each.mesh for each in found if isinstance(each, NamedSharding)]
+    if not meshes and sharding is None:
+        return None
+    mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError(
+            "`sharding` holds PartitionSpecs, but there is no mesh. Pass NamedShardings"
+            " or call under `jax.set_mesh(mesh)`."
+        )
+    for other in meshes:
+        if dict(other.shape) != dict(mesh.shape):
+            raise ValueError(
+                "All leaves must live on one mesh, got"
+                f" {dict(mesh.shape)} and {dict(other.shape)}."
+            )
+    specs = (
+        PartitionSpec() if s is None else s.spec if isinstance(s, NamedSharding) else s
+        for s in found
     )
-    given = jax.tree.leaves(full, is_leaf=is_leaf)
-    meshes = [each.mesh for each in given if isinstance(each, NamedSharding)]
-    specs = (each.spec if isinstance(each, NamedSharding) else each for each in given)
-    return Placement(
-        meshes[0] if meshes else jax.sharding.get_abstract_mesh(), tuple(specs)
+    return Placement(mesh, tuple(specs))
+
+
+def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
+    """Return the entry of the prefix `sharding` for each leaf of `tree`, by its path.
+
+    Going by paths lets a masked or partitioned tree keep the prefix of the whole.
+    """
+    is_box = lambda node: hasattr(node, "get_metadata") and hasattr(node, "get_value")
+    is_leaf = lambda node: (
+        isinstance(node, NamedSharding | PartitionSpec) or is_box(node)
     )
+    given = {}
+    for path, each in jax.tree_util.tree_leaves_with_path(sharding, is_leaf=is_leaf):
+        each = each.get_value() if is_box(each) else each
+        if not isinstance(each, NamedSharding | PartitionSpec):
+            raise TypeError(
+                "`sharding` must be a tree of NamedShardings or PartitionSpecs, got"
+                f" {each!r} at {_name(path)}."
+            )
+        given[_names(path)] = each
+    found = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        names = _names(path)
+        prefixes = [names[:n] for n in range(len(names), -1, -1)]
+        entry = next((given[p] for p in prefixes if p in given), None)
+        if entry is None:
+            raise ValueError(
+                f"`sharding` has no entry for the parameter {_name(path)}. Give it a"
+                " NamedSharding or a PartitionSpec; `PartitionSpec()` replicates it."
+            )
+        found.append(entry)
+    return found
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _name(path: Any) -> str:
+    return f"params{jax.tree_util.keystr(path)}"
 
 
 def _explicit_sharding(leaf: Any) -> NamedSharding | None:
+    """Return the sharding in the type of `leaf`, with a concrete mesh if it has one."""
     is_array = isinstance(leaf, jax.Array)
     sharding = jax.typeof(leaf).sharding if is_array else getattr(leaf, "sharding", 0)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
     kinds = set(sharding.mesh.axis_types)
-    return sharding if kinds == {AxisType.Explicit} else None
+    if kinds == {AxisType.Auto, AxisType.Explicit} and any(sharding.spec):
+        raise ValueError(
+            "Parameters live on a mesh with both Auto and Explicit axes, whose types"
+            " tell only a part of their sharding. Pass the whole as `sharding`."
+        )
+    if kinds != {AxisType.Explicit}:
+        return None
+    # Outside of jit there may be no ambient mesh, but a concrete array knows its own.
+    held = getattr(leaf, "sharding", None) if _is_concrete(leaf) else None
+    return held if isinstance(held, NamedSharding) else sharding
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def layout(
-    tree: chex.ArrayTree, dtype: jax.typing.DTypeLike, placement: Placement | None
+    tree: chex.ArrayTree, dtype: chex.ArrayDType, placement: Placement | None
 ) -> Layout:
-    """Return the layout of `tree` on each device of `placement`."""
-    leaves, treedef = jax.tree.flatten(tree)
-    avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    """Return the layout of `tree` on each device of `placement`.
+
+    Raises:
+        ValueError: A partition does not fit its leaf or the mesh.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for _, leaf in paths]
     if placement is None:
         return Layout(treedef, tuple(Leaf(*aval) for aval in avals), jnp.dtype(dtype))
     sizes = dict(placement.mesh.shape)
     local = tuple(
-        _local(shape, leaf_dtype, spec, sizes)
-        for (shape, leaf_dtype), spec in zip(avals, placement.specs, strict=True)
+        _local(_name(path), *aval, spec, sizes)
+        for (path, _), aval, spec in zip(paths, avals, placement.specs, strict=True)
     )
     used = {axis for leaf in local for axis in leaf.axes}
-    split = tuple(axis for axis in sizes if axis not in used)
+    split = tuple(axis for axis in sizes if axis not in used and sizes[axis] > 1)
     return Layout(treedef, local, jnp.dtype(dtype), tuple(sizes.items()), split)
 
 
-def _local(shape, dtype, spec: PartitionSpec, sizes: dict[str, int]) -> Leaf:
+def _local(name: str, shape, dtype, spec: PartitionSpec, sizes: dict[str, int]) -> Leaf:
+    def fail(reason: str):
+        axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        return ValueError(
+            f"The sharding {spec} does not fit {name} of shape {shape} on the mesh"
+            f" ({axes}): {reason}."
+        )
+
+    if len(spec) > len(shape):
+        raise fail("it has more entries than the array has axes")
     names = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
-    ways = [math.prod(sizes[name] for name in axes) for axes in names]
+    flat = [axis for axes in names for axis in axes]
+    for axis in flat:
+        if axis not in sizes:
+            raise fail(f"the mesh has no axis {axis!r}")
+    if len(set(flat)) < len(flat):
+        raise fail("a mesh axis appears twice")
+    ways = [math.prod(sizes[axis] for axis in axes) for axes in names]
+    for size, way in zip(shape, ways, strict=True):
+        if size % way:
+            raise fail(f"{size} does not divide into {way} equal parts")
     return Leaf(
         shape=tuple(n // w for n, w in zip(shape, ways, strict=True)),
         dtype=dtype,
-        row_axes=tuple(name for axes in names[:-1] for name in axes),
+        row_axes=tuple(axis for axes in names[:-1] for axis in axes),
         col_axes=names[-1] if names else (),
     )
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def _axes(entry: Any) -> tuple[Any, ...]:
     if entry is None:
         return ()
-    return entry if isinstance(entry, tuple) else (entry,)
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The state of one transformation, described instead of made.
+
+    Attributes:
+        space: The representation, which knows the layout.
+        placement: Where the state lives; None on one device.
+        arrays: `jax.ShapeDtypeStruct`s of the global arrays, in the state's structure.
+        specs: One `PartitionSpec` an array.
+    """
+
+    space: Any
+    placement: Placement | None
+    arrays: Any
+    specs: tuple[PartitionSpec, ...]
+
+
+_DESCRIBING = contextvars.ContextVar("efcp_jax_describing", default=False)
+
+
+@contextlib.contextmanager
+def describing() -> Iterator[None]:
+    """Let every `init` of this package return a `Description` for its state."""
+    token = _DESCRIBING.set(True)
+    try:
+        yield
+    finally:
+        _DESCRIBING.reset(token)
+
+
+def start(
+    init: Callable[[Any], Any], space: Any, placement: Placement | None, specs: Any
+) -> Any:
+    """Return the state `init(space)`, made on each device for itself."""
+    if _DESCRIBING.get():
+        arrays = global_arrays(jax.eval_shape(lambda: init(space)), specs, placement)
+        return Description(space, placement, arrays, tuple(_spec_leaves(specs)))
+    return run(lambda: init(space), placement, (), specs)
+
+
+def global_arrays(local: Any, specs: Any, placement: Placement | None) -> Any:
+    """Return the `jax.ShapeDtypeStruct`s of arrays whose parts on a device are given.
+
+    Args:
+        local: Tree of arrays or structs, the parts of one device.
+        specs: Tree of `PartitionSpec`s, a prefix of `local`.
+        placement: The mesh; None on one device.
+
+    Returns:
+        Tree of the structure of `local`.
+    """
+    sizes = {} if placement is None else dict(placement.mesh.shape)
+
+    def whole(spec: PartitionSpec, leaf: Any) -> jax.ShapeDtypeStruct:
+        ways = [math.prod(sizes.get(a, 1) for a in _axes(entry)) for entry in spec]
+        ways += [1] * (len(leaf.shape) - len(ways))
+        shape = tuple(n * w for n, w in zip(leaf.shape, ways, strict=True))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    leaves, treedef = jax.tree.flatten(local)
+    pairs = zip(_spec_leaves(specs), leaves, strict=True)
+    return treedef.unflatten([whole(*pair) for pair in pairs])
+
+
+def _spec_leaves(specs: Any) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
 def run(
@@ -138,7 +293,7 @@ def move(tree: chex.ArrayTree, specs: tuple[PartitionSpec, ...]) -> chex.ArrayTr
     for leaf, spec in zip(leaves, specs, strict=True):
         sharding = _explicit_sharding(leaf)
         if sharding is not None and sharding.spec != spec:
-            leaf = jax.sharding.reshard(leaf, spec)
+            leaf = jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
         moved.append(leaf)
     return treedef.unflatten(moved)
 

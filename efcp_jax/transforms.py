@@ -473,7 +473,7 @@ def _transformation(
         _validate.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
-        return placement.run(lambda: init(space), placed, (), specs(space))
+        return placement.start(init, space, placed, specs(space))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -482,7 +482,8 @@ def _transformation(
         _validate.floating_leaves(updates)
         placed = placement.find(like, sharding)
         space = space_of(updates, _state_dtype(state), placed)
-        _check_state(jax.eval_shape(lambda: init(space)), state, placed)
+        local = jax.eval_shape(lambda: init(space))
+        _check_state(placement.global_arrays(local, specs(space), placed), state)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
             for name, value in hyperparameters.items()
@@ -554,22 +555,21 @@ def _strip_boxes(tree: Any) -> Any:
     )
 
 
-def _check_state(local: Any, state: Any, placed: placement.Placement | None) -> None:
+def _check_state(made: Any, state: Any) -> None:
     """Raise if `state` was not made by `init` for the tree at hand."""
-    if jax.tree.structure(local) != jax.tree.structure(state):
+    if jax.tree.structure(made) != jax.tree.structure(state):
         raise ValueError(
             "The optimizer state does not fit the tree given to `update`: expected"
-            f" {jax.tree.structure(local)}, got {jax.tree.structure(state)}. Call"
+            f" {jax.tree.structure(made)}, got {jax.tree.structure(state)}. Call"
             " `init` with the parameters that are updated."
         )
-    if placed is not None:
-        return
     received = jax.tree_util.tree_leaves_with_path(state)
-    for (path, leaf), expected in zip(received, jax.tree.leaves(local), strict=True):
+    for (path, leaf), expected in zip(received, jax.tree.leaves(made), strict=True):
         if jnp.shape(leaf) != expected.shape:
             raise ValueError(
                 "The optimizer state does not fit the tree given to `update`:"
                 f" state{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)},"
                 f" expected {expected.shape}. Call `init` with the parameters that are"
-                " updated."
+                " updated, or `efcp_jax.sharding.reshard_state` on a state saved with"
+                " another number of devices."
             )

@@ -48,10 +48,13 @@ class Blocks:
             members.setdefault(layout.copies(leaf), []).append(index)
         copies = sorted(members)
         totals = [sum(layout.leaves[i].size for i in members[c]) for c in copies]
-        share = max(1, *(-(-n // layout.ways(layout.split)) for n in [*totals, 1]))
-        if size is None and len(copies) > 1:
-            size = _MESH_BLOCK
-        size = share if size is None else min(size, share)
+        largest = max([*totals, 1])
+        if size is None:
+            size = -(-largest // layout.ways(layout.split))
+            size = size if len(copies) <= 1 else min(size, _MESH_BLOCK)
+        # A given size is cut down to the leaves, never to a device's share of them, so
+        # that data parallelism selects the same entries as one device.
+        size = min(size, largest)
         counts = [-(-n // size) for n in totals] or [1]
         # The last group takes the blocks that make the count divide among devices.
         counts[-1] += -sum(counts) % layout.ways(layout.split)
