@@ -69,9 +69,19 @@ def compress(
     vector = jax.tree.map(lambda leaf: leaf * scale, space.expand(row))
     if error is not None:
         error = jax.tree.map(
-            lambda a, c, e: (a - c).astype(e.dtype), total, vector, error
+            lambda a, c, e: _saturate(a - c, e.dtype), total, vector, error
         )
     return Compressed(row, scale, vector, error, basis, jnp.isfinite(peak))
+
+
+def _saturate(value: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+    """Cast to `dtype`; what overflows becomes its largest number, NaN stays NaN.
+
+    An infinity in the error would make every later step non-finite.
+    """
+    largest = float(jnp.finfo(dtype).max)
+    limit = min(largest, float(jnp.finfo(value.dtype).max))
+    return jnp.clip(value, -limit, limit).astype(dtype)
 
 
 def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,10 @@ from jax import lax
 import jax.numpy as jnp
 
 
+# The largest stored entry is below 2^2, so a sum of m rows with coefficients below the
+# largest number over 2^3 m is finite.
+_HEADROOM = 8.0
+
 # Eigenvalues of a unit-diagonal matrix below this many rounding errors of the largest
 # are rounding errors themselves.
 _NOISE = 10.0
@@ -58,7 +62,9 @@ def mfac_coefficients(
         m^3 / 3 operations; where the remedy is needed, about 10 m^3 more.
     """
     dtype, size = gram.dtype, gram.shape[0]
-    root = jnp.sqrt(jnp.asarray(damping, dtype))
+    # A schedule may undershoot 0 by a rounding error; a window may still be empty.
+    root = jnp.sqrt(jnp.maximum(jnp.asarray(damping, dtype), 0))
+    divisor = jnp.maximum(jnp.asarray(divisor, dtype), 1)
     norms = scale * jnp.sqrt(jnp.diagonal(gram) / divisor)
     # Unit-diagonal scaling: diagonal[i]^2 = lambda + |row i|^2 / n.
     diagonal = jnp.hypot(norms, root)
@@ -67,7 +73,10 @@ def mfac_coefficients(
     eye = jnp.eye(size, dtype=dtype)
     matrix = (weights[:, None] * gram * weights / divisor) * (1 - eye) + eye
     solution = _solve_unit_diagonal(matrix, eye[slot])
-    return weights * solution * inverse[slot]
+    # Without damping and for norms near the smallest number the solution overflows.
+    limit = jnp.finfo(dtype).max / (_HEADROOM * size)
+    inverse = jnp.minimum(inverse, limit)
+    return jnp.clip(weights * solution * inverse[slot], -limit, limit)
 
 
 def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -133,6 +142,7 @@ def ggt_coefficients(
     """
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
+    eps = jnp.maximum(eps, 0)  # a schedule may undershoot by a rounding error
     weights = scale * b2**age
     norms = weights * jnp.sqrt(jnp.diagonal(gram))
     largest = jnp.max(norms)
