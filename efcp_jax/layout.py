@@ -7,6 +7,7 @@ are those of the device's own shards. Everything here is static: a `Layout` is m
 anew from shapes each time a function is traced and never enters the state.
 """
 
+from collections.abc import Generator, Iterable
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -123,6 +124,49 @@ class Layout:
                 matrix = lax.complex(*jnp.split(matrix, 2, axis=1))
             values.append(_cast(matrix.reshape(leaf.shape), leaf.dtype))
         return self.treedef.unflatten(values)
+
+
+# A computation on one leaf that yields what it wants reduced over mesh axes (by
+# `lax.psum` or `lax.pmax`), receives the result, and returns its own.
+Routine = Generator[tuple[Any, jax.Array, tuple[str, ...]], jax.Array, Any]
+
+
+def together(routines: Iterable[Routine]) -> list[Any]:
+    """Run `routines` side by side and return their results.
+
+    What they yield in the same round, for the same axes, travels in one collective, so
+    the number of collectives does not grow with the number of leaves.
+    """
+    routines = list(routines)
+    results: list[Any] = [None] * len(routines)
+    answers: dict[int, Any] = dict.fromkeys(range(len(routines)))
+    while answers:
+        requests: dict[Any, dict[int, jax.Array]] = {}
+        for index, answer in answers.items():
+            try:
+                reduce, value, axes = routines[index].send(answer)
+            except StopIteration as stop:
+                results[index] = stop.value
+            else:
+                key = (reduce, axes, value.dtype)
+                requests.setdefault(key, {})[index] = value
+        answers = {}
+        for (reduce, axes, _), values in requests.items():
+            answers |= _joined(reduce, axes, values) if axes else values
+    return results
+
+
+def _joined(
+    reduce: Any, axes: tuple[str, ...], values: dict[int, jax.Array]
+) -> dict[int, jax.Array]:
+    """Return `reduce(value, axes)` of each of `values`, in one collective."""
+    flat = jnp.concatenate([value.reshape(-1) for value in values.values()])
+    ends = np.cumsum([value.size for value in values.values()])
+    pieces = jnp.split(reduce(flat, axes), ends[:-1])
+    return {
+        index: piece.reshape(value.shape)
+        for (index, value), piece in zip(values.items(), pieces, strict=True)
+    }
 
 
 def _cast(value: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.layout import Layout
+from efcp_jax.layout import Layout, Routine, together
 
 
 class LowRankRow(NamedTuple):
@@ -222,23 +222,27 @@ class LowRankSpace:
         return vector, LowRankRow(left, right), basis
 
     def compress(self, vector: chex.ArrayTree, basis: Any):  # noqa: D102
-        def factors(matrix: Matrix, value, start):
+        def factors(matrix: Matrix, value, start) -> Routine:
             if matrix.whole:
                 return jnp.ones((1, 1), self.dtype), value.T.astype(self.dtype), start
-            left = _psum(_dot(value, _revive(start, matrix)), matrix.col_axes)
-            left = orthonormal(left, matrix.row_axes).astype(self.dtype)
+            fresh = _random(matrix, start.dtype)
+            known = yield lax.psum, jnp.sum(jnp.abs(start), axis=0), matrix.col_axes
+            left = _dot(value, jnp.where(known > 0, start, fresh))
+            left = yield lax.psum, left, matrix.col_axes
+            left = yield from _orthonormal(left, matrix.row_axes)
+            left = left.astype(self.dtype)
             # The rounded factor, so that this is the best right factor for it.
             right = _dot(value.T, left.astype(value.dtype))
-            right = _psum(right, matrix.row_axes)
-            length = jnp.sqrt(_psum(jnp.sum(right**2, axis=0), matrix.col_axes))
+            right = yield lax.psum, right, matrix.row_axes
+            square = yield lax.psum, jnp.sum(right**2, axis=0), matrix.col_axes
+            length = jnp.sqrt(square)
             unit = right / jnp.where(length > 0, length, 1)
             # A column that met nothing turns towards a fixed random one, so that no
             # gradient can stay invisible for ever.
-            fresh = _revive(jnp.zeros_like(start), matrix)
             following = jnp.where(length > 0, unit, start + fresh)
             return left, right.astype(self.dtype), following
 
-        results = self._map(factors, vector, basis)
+        results = together(self._map(factors, vector, basis))
         left, right, following = ([r[i] for r in results] for i in range(3))
         row = LowRankRow(self._tree(left), self._tree(right))
         return row, self._tree(following)
@@ -260,16 +264,17 @@ class LowRankSpace:
                 preferred_element_type=dtype,
             )
 
-        def leaf_inner(matrix: Matrix, left, right, row_left, row_right):
+        def leaf_inner(matrix: Matrix, left, right, row_left, row_right) -> Routine:
             # <L R^T, L' R'^T> = sum of (L^T L') * (R^T R'), entry by entry.
             lefts, rights = products(left, row_left), products(right, row_right)
             copies = matrix.copies
             if matrix.row_axes and matrix.col_axes:
-                lefts = _psum(lefts, matrix.row_axes)
+                lefts = yield lax.psum, lefts, matrix.row_axes
                 copies *= self.layout.ways(matrix.row_axes)
             return jnp.sum(lefts * rights, axis=(1, 2)) / copies
 
-        parts = self._map(leaf_inner, window.left, window.right, row.left, row.right)
+        factors = (window.left, window.right, row.left, row.right)
+        parts = together(self._map(leaf_inner, *factors))
         if self.block_diagonal:
             return self._tree(parts)
         size = jax.tree.leaves(window)[0].shape[1] if parts else 1
@@ -299,19 +304,14 @@ def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
 
 
-def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return lax.psum(value, axes) if axes else value
-
-
-def _revive(basis: jax.Array, matrix: Matrix) -> jax.Array:
-    """Replace the zero columns of `basis` by fixed random ones of length about 1."""
-    rows = basis.shape[0] * matrix.col_ways
-    columns = jax.random.normal(jax.random.key(0), (rows, matrix.rank), basis.dtype)
+def _random(matrix: Matrix, dtype: Any) -> jax.Array:
+    """Return fixed random columns of length about 1, this device's part of them."""
+    rows = matrix.cols * matrix.col_ways
+    columns = jax.random.normal(jax.random.key(0), (rows, matrix.rank), dtype)
     if matrix.col_axes:  # the same numbers as on one device
-        start = lax.axis_index(matrix.col_axes) * basis.shape[0]
-        columns = lax.dynamic_slice_in_dim(columns, start, basis.shape[0])
-    dead = _psum(jnp.sum(jnp.abs(basis), axis=0), matrix.col_axes) == 0
-    return jnp.where(dead, columns / np.sqrt(rows), basis)
+        start = lax.axis_index(matrix.col_axes) * matrix.cols
+        columns = lax.dynamic_slice_in_dim(columns, start, matrix.cols)
+    return columns / np.sqrt(rows)
 
 
 def orthonormal(matrix: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
@@ -330,18 +330,22 @@ def orthonormal(matrix: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     Returns:
         Array of the shape of `matrix`.
     """
+    return together([_orthonormal(matrix, axes)])[0]
+
+
+def _orthonormal(matrix: jax.Array, axes: tuple[str, ...]) -> Routine:
     rank = matrix.shape[1]
     # Above the rounding of an (r, r) Gram matrix of unit diagonal.
     shift = 8 * rank * jnp.finfo(matrix.dtype).eps
     eye = jnp.eye(rank, dtype=matrix.dtype)
     for _ in range(2):
-        peak = jnp.max(jnp.abs(matrix), axis=0)
-        peak = lax.pmax(peak, axes) if axes else peak
+        peak = yield lax.pmax, jnp.max(jnp.abs(matrix), axis=0), axes
         matrix = matrix / jnp.where(peak > 0, peak, 1)
-        square = _psum(jnp.sum(matrix**2, axis=0), axes)
-        matrix = matrix / jnp.sqrt(jnp.where(square > 0, square, 1))
-        gram = _psum(_dot(matrix.T, matrix), axes)
-        gram = gram * (1 - eye) + eye
+        gram = yield lax.psum, _dot(matrix.T, matrix), axes
+        square = jnp.diagonal(gram)
+        length = jnp.sqrt(jnp.where(square > 0, square, 1))
+        matrix = matrix / length
+        gram = gram / (length * length[:, None]) * (1 - eye) + eye
         factor = jnp.linalg.cholesky(gram + shift * eye)
         matrix = lax.linalg.triangular_solve(
             factor, matrix, left_side=False, lower=True, transpose_a=True
