@@ -477,13 +477,16 @@ def _transformation(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        given = jax.tree.structure(updates)
+        updates, params = _strip_boxes(updates), _strip_boxes(params)
         like = updates if params is None else params
+        _validate.floating_leaves(updates, "updates")
         _validate.same_trees(updates, like)
-        _validate.floating_leaves(updates)
         placed = placement.find(like, sharding)
         space = space_of(updates, _state_dtype(state), placed)
         local = jax.eval_shape(lambda: init(space))
-        _check_state(placement.global_arrays(local, specs(space), placed), state)
+        made = placement.global_arrays(local, specs(space), placed)
+        _validate.same_state(state, made, updates)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
             for name, value in hyperparameters.items()
@@ -505,7 +508,7 @@ def _transformation(
         )
         if placed is not None:
             new_updates = placement.move_like(new_updates, updates)
-        return new_updates, new_state
+        return given.unflatten(jax.tree.leaves(new_updates)), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -553,23 +556,3 @@ def _strip_boxes(tree: Any) -> Any:
     return jax.tree.map(
         lambda node: node.get_value() if is_box(node) else node, tree, is_leaf=is_box
     )
-
-
-def _check_state(made: Any, state: Any) -> None:
-    """Raise if `state` was not made by `init` for the tree at hand."""
-    if jax.tree.structure(made) != jax.tree.structure(state):
-        raise ValueError(
-            "The optimizer state does not fit the tree given to `update`: expected"
-            f" {jax.tree.structure(made)}, got {jax.tree.structure(state)}. Call"
-            " `init` with the parameters that are updated."
-        )
-    received = jax.tree_util.tree_leaves_with_path(state)
-    for (path, leaf), expected in zip(received, jax.tree.leaves(made), strict=True):
-        if jnp.shape(leaf) != expected.shape:
-            raise ValueError(
-                "The optimizer state does not fit the tree given to `update`:"
-                f" state{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)},"
-                f" expected {expected.shape}. Call `init` with the parameters that are"
-                " updated, or `efcp_jax.sharding.reshard_state` on a state saved with"
-                " another number of devices."
-            )
