@@ -21,6 +21,7 @@ Symbols, used alike in code, docs and tests:
 Floors of the code; imports point down only:
 
     diagnostics  memory  sharding      read states; nothing imports them
+    _reshard  _positions               the arrays of a state on other devices
     optimizers                         chains that end in the learning rate
     transforms                         the step, states, Optax's protocol
     feedback  window                   error + gradient -> row; the last m rows
@@ -30,6 +31,7 @@ Floors of the code; imports point down only:
     layout                             a tree as real matrices
 """
 
+from efcp_jax import sharding as sharding
 from efcp_jax.compressors import (
     identity as identity,
     low_rank as low_rank,

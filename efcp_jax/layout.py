@@ -25,14 +25,22 @@ class Leaf(NamedTuple):
     Attributes:
         shape: Shape of the device's shard of the leaf.
         dtype: Dtype in which its update is returned.
-        row_axes: Mesh axes that split all but the last array axis.
-        col_axes: Mesh axes that split the last array axis.
+        partition: The mesh axes that split each array axis.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    row_axes: tuple[str, ...] = ()
-    col_axes: tuple[str, ...] = ()
+    partition: tuple[tuple[str, ...], ...]
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split all but the last array axis."""
+        return tuple(name for names in self.partition[:-1] for name in names)
+
+    @property
+    def col_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the last array axis."""
+        return self.partition[-1] if self.partition else ()
 
     @property
     def axes(self) -> tuple[str, ...]:

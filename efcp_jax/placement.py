@@ -150,7 +150,8 @@ def layout(
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for _, leaf in paths]
     if placement is None:
-        return Layout(treedef, tuple(Leaf(*aval) for aval in avals), jnp.dtype(dtype))
+        leaves = (Leaf(shape, kind, ((),) * len(shape)) for shape, kind in avals)
+        return Layout(treedef, tuple(leaves), jnp.dtype(dtype))
     sizes = dict(placement.mesh.shape)
     local = tuple(
         _local(_name(path), *aval, spec, sizes)
@@ -185,8 +186,7 @@ def _local(name: str, shape, dtype, spec: PartitionSpec, sizes: dict[str, int]) 
     return Leaf(
         shape=tuple(n // w for n, w in zip(shape, ways, strict=True)),
         dtype=dtype,
-        row_axes=tuple(axis for axes in names[:-1] for axis in axes),
-        col_axes=names[-1] if names else (),
+        partition=tuple(names),
     )
 
 

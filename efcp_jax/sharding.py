@@ -1,0 +1,292 @@
+r"""Many devices: where the state lives, and how to carry it to other devices.
+
+The step runs on all devices at once (`jax.shard_map`), each on the shards it holds. It
+needs to know where the parameters live:
+
+* under Explicit mesh axes (the default of `jax.make_mesh`) it reads their types, and
+  nothing needs to be said;
+* under Auto axes the `sharding` argument of the transformation says it, in JAX's own
+  types: one `NamedSharding`, or a `PartitionSpec` under `jax.set_mesh`, for all
+  parameters or for each.
+
+The window and the error are divided over *all* mesh axes, so bytes a device fall as one
+over the number of devices; only the m x m Gram matrix and counters are on every device.
+
+| parameters | collectives of an update |
+|---|---|
+| replicated (data parallel) | all-reduce of m floats, all-gather of the update |
+| sharded over every mesh axis (FSDP, tensor parallel, both) | all-reduce of m floats |
+| sharded over some axes, none over the others | all-reduce of m floats, all-gather of \
+each device's shard of the update over the other, *idle*, axes |
+
+An axis is idle if it shards no parameter at all. The state is divided over idle axes as
+by ZeRO, which costs the all-gather. To have the single all-reduce, shard the parameters
+over those axes too. A leaf that is replicated while others are sharded (a bias beside
+FSDP matrices) is held by all devices of the axis, packed in blocks of its own, and
+weighs one over their number in inner products: keep large leaves sharded.
+
+Low rank adds a few all-reduces of the small factors, r numbers a column and r^2 a leaf,
+each of them one collective for all leaves together.
+
+Selection by `top_k` is made in blocks. With parameters replicated the blocks are those
+of one device, so are the results. With parameters sharded, each device cuts its own
+shards into blocks; results are those of one device where blocks hold the same entries,
+and otherwise those of the same method with another choice of blocks. `block_size=None`
+means one block a device. `identity` and `low_rank` have no blocks to align.
+"""
+
+import re
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import optax
+
+from efcp_jax import placement
+from efcp_jax._reshard import convert
+from efcp_jax.placement import Description
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: chex.ArrayTree, sharding: Any = None
+) -> chex.ArrayTree:
+    """Return the sharding of every array of `tx.init(params)`, allocating nothing.
+
+    Fields of this package's states get those of the step, trees of other
+    transformations that mirror the parameters (momentum) get the parameters', and all
+    else is replicated. A `PartitionSpec` is the `spec` of a `NamedSharding`.
+
+    Args:
+        tx: Any gradient transformation, chained, masked or wrapped.
+        params: Parameters, or `jax.ShapeDtypeStruct`s with shardings.
+        sharding: Where the parameters live, as a tree prefix; None to take it from
+            `params`.
+
+    Returns:
+        A tree of `jax.sharding.Sharding` in the structure of the state, for
+        `jax.jit(out_shardings=...)`, `jax.device_put` and checkpoints.
+
+    Raises:
+        ValueError: Parameters are divided among devices, but a transformation of this
+            package would not know: they live under Auto axes and it has no `sharding`.
+
+    Examples:
+        >>> import efcp_jax, jax, jax.numpy as jnp
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> params = jax.device_put(jnp.zeros((16, 16)), NamedSharding(mesh, P("data")))
+        >>> tx = efcp_jax.mfac(1e-2, window_size=4)
+        >>> shardings = efcp_jax.sharding.state_shardings(tx, params)
+        >>> shardings[0].window.rows.spec
+        PartitionSpec(('data',),)
+        >>> with jax.set_mesh(mesh):
+        ...     state = jax.jit(tx.init, out_shardings=shardings)(params)
+    """
+    described = _describe(tx, params)
+    given = _param_shardings(params, sharding, described)
+    named = [s for s in jax.tree.leaves(given) if _is_named(s)]
+    mesh = _concrete_mesh([each.mesh for each in named])
+    divided = any(not each.is_fully_replicated for each in named)
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Description):
+            return alone
+        if leaf.placement is None:
+            if divided:
+                raise ValueError(
+                    "Parameters are divided among devices under Auto mesh axes, which a"
+                    " traced step cannot see. Pass `sharding` to the transformation, or"
+                    " make the mesh with Explicit axes."
+                )
+            return jax.tree.map(lambda _: alone, leaf.arrays)
+        on = _concrete_mesh([mesh, leaf.placement.mesh])
+        return jax.tree.structure(leaf.arrays).unflatten(
+            jax.sharding.NamedSharding(on, spec) for spec in leaf.specs
+        )
+
+    alone = (
+        jax.sharding.SingleDeviceSharding(_device(params))
+        if mesh is None
+        else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    if mesh is None:
+        given = jax.tree.map(lambda _: alone, params)
+    with placement.describing():
+        return optax.tree.map_params(
+            tx,
+            lambda leaf, at: leaf if isinstance(leaf, optax.MaskedNode) else at,
+            described,
+            given,
+            transform_non_params=own,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+
+
+def abstract_state(
+    tx: optax.GradientTransformation, params: chex.ArrayTree
+) -> chex.ArrayTree:
+    """Return the shapes and dtypes of `tx.init(params)`, without the devices.
+
+    Unlike `jax.eval_shape(tx.init, params)` it needs no mesh of real devices, so a
+    program on 4 devices can tell the shapes of a state that 8 have saved.
+
+    Args:
+        tx: Any gradient transformation.
+        params: Parameters, or `jax.ShapeDtypeStruct`s, with shardings on a mesh that
+            may be a `jax.sharding.AbstractMesh`.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct`, without shardings.
+    """
+    expand = lambda leaf: leaf.arrays if isinstance(leaf, Description) else leaf
+    return jax.tree.map(expand, _describe(tx, params))
+
+
+def reshard_state(
+    state: chex.ArrayTree,
+    source: tuple[optax.GradientTransformation, chex.ArrayTree],
+    target: tuple[optax.GradientTransformation, chex.ArrayTree],
+) -> chex.ArrayTree:
+    """Carry a state made on some devices over to others.
+
+    The global shapes of a state depend on the devices that made it: blocks are padded
+    to divide among them, and each packs its own shards. This moves every number to its
+    place in the new layout; nothing is rounded or recomputed, so training goes on with
+    equal results. Once a restart, on the host, one array at a time.
+
+    Args:
+        state: The state, of NumPy arrays or of arrays that this process can read.
+        source: The transformation and the parameters that `state` was made for. The
+            parameters may be `jax.ShapeDtypeStruct`s with shardings on a
+            `jax.sharding.AbstractMesh` of devices that are gone.
+        target: The transformation and the parameters to go on with.
+
+    Returns:
+        The state `target` goes on with, on its devices.
+
+    Raises:
+        ValueError: The states differ in more than their layout, or a block of
+            `top_k` in the new layout holds more kept entries of one row than it has
+            room for. Blocks that hold the same entries in both layouts always fit.
+    """
+    old, new = (_describe(*each) for each in (source, target))
+    where = state_shardings(*target)
+
+    def one(before: Any, after: Any, part: Any, at: Any) -> Any:
+        if isinstance(before, Description):
+            part = convert(part, before, after)
+        return jax.tree.map(_place, part, at)
+
+    return jax.tree.map(one, old, new, state, where)
+
+
+def collectives(program: Any) -> list[tuple[str, int]]:
+    """Return kind and size of every collective of a compiled program.
+
+    Args:
+        program: What `jax.jit(f).lower(...).compile()` returns, or its text.
+
+    Returns:
+        Pairs such as `("all-reduce", 64)`, in order. The size counts the elements of
+        the result on one device; arrays that travel together count once, together.
+        Collectives inside a loop count once.
+    """
+    text = program if isinstance(program, str) else program.as_text()
+    found = []
+    for shapes, kind in _COLLECTIVE.findall(text):
+        arrays = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        if shapes.startswith("(") and kind.endswith("-start"):
+            arrays = arrays[len(arrays) // 2 :]  # (operands, results) of a start
+        size = sum(int(np.prod([int(n) for n in a.split(",") if n])) for a in arrays)
+        found.append((kind.removesuffix("-start"), size))
+    return found
+
+
+_COLLECTIVE = re.compile(
+    r"= (\([^=]*?\)|\S+) ((?:all-reduce|all-gather|all-to-all|reduce-scatter"
+    r"|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?)\("
+)
+
+
+def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
+    """Return the state with `Description`s and `ShapeDtypeStruct`s for leaves."""
+    found = []
+
+    def init(tree):
+        with placement.describing():
+            state = tx.init(tree)
+        found.append(
+            jax.tree.map(
+                lambda leaf: (
+                    leaf
+                    if isinstance(leaf, Description)
+                    else jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+                ),
+                state,
+            )
+        )
+
+    jax.eval_shape(init, params)
+    return found[0]
+
+
+def _param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> Any:
+    """Return one sharding a parameter."""
+    treedef = jax.tree.structure(params)
+    if sharding is None:
+        held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+        named = [each.mesh for each in held if _is_named(each)]
+        for each in jax.tree.leaves(described):
+            # A transformation of all parameters knows, even where arrays do not.
+            if isinstance(each, Description) and each.placement is not None:
+                layout = each.space.layout
+                if layout.treedef == treedef:
+                    mesh = _concrete_mesh([each.placement.mesh, *named])
+                    return treedef.unflatten(
+                        jax.sharding.NamedSharding(mesh, spec)
+                        for spec in each.placement.specs
+                    )
+        if not named:
+            return treedef.unflatten(held)
+        everywhere = jax.sharding.NamedSharding(
+            _concrete_mesh(named), jax.sharding.PartitionSpec()
+        )
+        return treedef.unflatten(
+            each if _is_named(each) else everywhere for each in held
+        )
+    placed = placement.find(params, sharding)
+    assert placed is not None
+    mesh = _concrete_mesh([placed.mesh])
+    return treedef.unflatten(
+        jax.sharding.NamedSharding(mesh, spec) for spec in placed.specs
+    )
+
+
+def _is_named(sharding: Any) -> bool:
+    return isinstance(sharding, jax.sharding.NamedSharding)
+
+
+def _concrete_mesh(meshes: list[Any]) -> Any:
+    """Return a mesh of devices if there is one among `meshes` or around, else any."""
+    meshes = [mesh for mesh in meshes if mesh is not None]
+    if not meshes:
+        return None
+    ambient = jax.sharding.get_mesh()
+    for mesh in [*meshes, ambient]:
+        alike = dict(mesh.shape) == dict(meshes[0].shape)
+        if alike and isinstance(mesh, jax.sharding.Mesh):
+            return mesh
+    return meshes[0]
+
+
+def _device(params: chex.ArrayTree) -> Any:
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            return min(leaf.devices(), key=lambda device: device.id)
+    return jax.local_devices()[0]
+
+
+def _place(array: Any, sharding: Any) -> Any:
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
