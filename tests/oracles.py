@@ -1,0 +1,99 @@
+"""The textbook in its slowest form: NumPy, Python lists of rows, d x d matrices.
+
+Nothing here is taken from the package, so changing the package cannot change what its
+results are compared with. A window is a Python list of vectors, the newest last.
+Compression is decided in the dtype of its input, because a decision that falls the
+other way for the last bit is a different algorithm; everything else is float64.
+"""
+
+import numpy as np
+
+
+def matrix(leaf) -> np.ndarray:
+    """Return `leaf` as a real matrix, its last axis against all others."""
+    leaf = np.asarray(leaf)
+    if np.iscomplexobj(leaf):
+        leaf = np.atleast_1d(leaf)
+        leaf = np.concatenate([leaf.real, leaf.imag], axis=-1)
+    columns = leaf.shape[-1] if leaf.ndim else 1
+    return leaf.reshape(-1, columns)
+
+
+def flat(leaves, dtype=np.float64) -> np.ndarray:
+    """Return the leaves laid end to end."""
+    return np.concatenate([matrix(leaf).astype(dtype).ravel() for leaf in leaves])
+
+
+def rounded(value, dtype):
+    """Return `value` rounded to `dtype`, in the dtype it came in."""
+    if dtype is None:
+        return value
+    return np.asarray(value).astype(dtype).astype(np.asarray(value).dtype)
+
+
+def top_k(vector, density, block_size=None, value_dtype=None) -> np.ndarray:
+    """Keep the largest entries of each block, one block and one entry at a time."""
+    size = min(block_size or len(vector), len(vector))
+    kept = max(1, round(density * size))
+    result = np.zeros_like(vector)
+    for start in range(0, len(vector), size):
+        block = range(start, min(start + size, len(vector)))
+        for i in sorted(block, key=lambda i: (-abs(vector[i]), i))[:kept]:
+            result[i] = rounded(vector[i], value_dtype)
+    return result
+
+
+def subspace_step(gradient, basis) -> tuple[np.ndarray, np.ndarray]:
+    """Project the matrix `gradient` on the span of `gradient @ basis`."""
+    left, _ = np.linalg.qr(gradient @ basis)
+    right = gradient.T @ left
+    return left @ right.T, right
+
+
+def with_feedback(compress, gradients) -> tuple[list, list]:
+    """Return the compressed gradients and the errors behind each."""
+    error, rows, errors = np.zeros_like(gradients[0]), [], []
+    for gradient in gradients:
+        total = error + gradient
+        rows.append(compress(total))
+        error = total - rows[-1]
+        errors.append(error)
+    return rows, errors
+
+
+def mfac(rows, damping, divisor) -> np.ndarray:
+    """Solve with the d x d damped Fisher matrix of `rows`."""
+    rows = [np.asarray(row, np.float64) for row in rows]
+    fisher = np.zeros((len(rows[-1]), len(rows[-1])))
+    for row in rows:
+        fisher += np.outer(row, row) / divisor
+    return np.linalg.solve(damping * np.eye(len(fisher)) + fisher, rows[-1])
+
+
+def ggt(rows, eps, b1=0.0, b2=1.0) -> np.ndarray:
+    """Apply ((G^T G)^{1/2} + eps I)^{-1} to the first moment of `rows`."""
+    rows = [np.asarray(row, np.float64) for row in rows]
+    ages = range(len(rows) - 1, -1, -1)
+    faded = np.array([b2**age * row for age, row in zip(ages, rows, strict=True)])
+    moment = sum((1 - b1) * b1**age * row for age, row in zip(ages, rows, strict=True))
+    # The moment lies in the span of the rows. The other directions of the full d x d
+    # root would only add their rounding, divided by eps.
+    _, singular, right = np.linalg.svd(faded, full_matrices=False)
+    return right.T @ ((right @ moment) / (singular + eps))
+
+
+def published_mfac(rows, damping, dtype) -> np.ndarray:
+    """Return x / damping minus a correction, the published form, all in `dtype`."""
+    window = np.asarray(rows, dtype)
+    gradient, size = window[-1], len(window)
+    damping = dtype(damping)
+    inner = dtype(size) * damping * np.eye(size, dtype=dtype) + window @ window.T
+    weights = np.linalg.solve(inner, window @ (gradient / damping))
+    return gradient / damping - window.T @ weights
+
+
+def relative_error(value, expected) -> float:
+    """Return |value - expected| / |expected|, or |value| where that is 0 / 0."""
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    norm = np.linalg.norm(expected)
+    return float(np.linalg.norm(value - expected) / (norm if norm > 0 else 1.0))
