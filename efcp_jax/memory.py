@@ -59,6 +59,9 @@ def memory_report(
         A `MemoryReport`. Fields of the window are listed one by one; over several
         devices the bytes are those of all devices together.
 
+    Raises:
+        TypeError: `tx` is not a gradient transformation.
+
     Examples:
         >>> import efcp_jax, jax, jax.numpy as jnp
         >>> params = {"w": jax.ShapeDtypeStruct((4096, 1000), jnp.float32)}
@@ -70,6 +73,11 @@ def memory_report(
         >>> print(f"{report.dense_window / report.total:.0f} times less")
         50 times less
     """
+    if not callable(getattr(tx, "init", None)):
+        raise TypeError(
+            f"`tx` must be a gradient transformation, got {tx!r}. Pass what a function"
+            " such as `efcp_jax.mfac(0.1)` returns."
+        )
     state = jax.eval_shape(tx.init, params)
     fields: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
