@@ -79,6 +79,8 @@ def mfac_coefficients(
     return jnp.clip(weights * solution * inverse[slot], -limit, limit)
 
 
+# Compiled by itself, so that steps outside of `jit` do not compile the loop anew.
+@jax.jit
 def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
     """Solve with a positive semidefinite `matrix` of unit diagonal; always finite."""
     noise = _NOISE * jnp.finfo(matrix.dtype).eps
