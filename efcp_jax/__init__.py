@@ -21,7 +21,8 @@ Symbols, used alike in code, docs and tests:
 Floors of the code; imports point down only:
 
     diagnostics  memory  sharding      read states; nothing imports them
-    _reshard  _positions               the arrays of a state on other devices
+    _reshard                           the arrays of a state on other devices
+    _positions                         what each entry of them stands for
     optimizers                         chains that end in the learning rate
     transforms                         the step, states, Optax's protocol
     feedback  window                   error + gradient -> row; the last m rows

@@ -5,7 +5,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from efcp_jax.transforms import (
     ErrorFeedbackState,
@@ -74,11 +73,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     inner = found[0]
     result: dict[str, Any] = {"count": inner.count, "skipped": inner.skipped}
     if inner.error is not None:
-        result["error_norm"] = optax.tree.norm(
-            jax.tree.map(
-                lambda e: e.astype(jnp.result_type(e, jnp.float32)), inner.error
-            )
-        )
+        result["error_norm"] = _norm(inner.error)
     if isinstance(inner, ErrorFeedbackState):
         return result
     window, size = inner.window, inner.window.scale.shape[0]
@@ -102,6 +97,15 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     result["spectrum"] = spectra
     result["effective_rank"] = jax.tree.map(_effective_rank, spectra)
     return result
+
+
+def _norm(tree: Any) -> jax.Array:
+    """Return the Euclidean norm, scaled so that no square overflows."""
+    leaves = [x.astype(jnp.result_type(x, jnp.float32)) for x in jax.tree.leaves(tree)]
+    peaks = [jnp.max(jnp.abs(x)) for x in leaves if x.size]
+    largest = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
+    divisor = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(sum(jnp.sum((x / divisor) ** 2) for x in leaves))
 
 
 def _effective_rank(spectrum: jax.Array) -> jax.Array:

@@ -1,0 +1,172 @@
+"""The map of the package, kept by reading its imports."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+import efcp_jax
+
+
+ROOT = pathlib.Path(efcp_jax.__file__).parent
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+SOURCES = [path for path in FILES if str(path) != "__init__.py"]
+
+# Compressors, transforms and tools: the names that users and checks call.
+PUBLIC = {
+    "identity",
+    "top_k",
+    "low_rank",
+    "error_feedback",
+    "scale_by_mfac",
+    "scale_by_ggt",
+    "mfac",
+    "sparse_mfac",
+    "low_rank_mfac",
+    "ggt",
+    "sparse_ggt",
+    "low_rank_ggt",
+    "memory_report",
+    "diagnostics",
+}
+# What the package depends on, and what no part of it has any business with.
+LIBRARIES = {"efcp_jax", "jax", "optax", "chex", "numpy"}
+BANNED = {
+    # Annotations as strings would hide `optax.ScalarOrSchedule` from Optax's tests.
+    "__future__",
+    "ctypes",
+    "ftplib",
+    "http",
+    "importlib",
+    "marshal",
+    "os",
+    "pickle",
+    "requests",
+    "shelve",
+    "smtplib",
+    "socket",
+    "subprocess",
+    "urllib",
+}
+# Types of states, for isinstance and annotations.
+STATES = {"ErrorFeedbackState", "ScaleByMfacState", "ScaleByGgtState"}
+
+
+def floors():
+    """Return the floor of every module, 0 the lowest, as the docstring draws them."""
+    text = efcp_jax.__doc__.split("Floors of the code")[1]
+    rows = [line.strip().split("   ")[0] for line in text.splitlines()[1:]]
+    rows = [line.replace("  ", " ").split() for line in rows if line]
+    return {name: level for level, row in enumerate(reversed(rows)) for name in row}
+
+
+def room(path):
+    """Return the module or sub-package that the file belongs to."""
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Return every name that a file imports, `from a import b` as `a.b`."""
+    names = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def own_imports(path):
+    """Return the modules of this package that a file imports, as dotted names."""
+    return [
+        name.removeprefix("efcp_jax.")
+        for name in imports(path)
+        if name.startswith("efcp_jax.")
+    ]
+
+
+def test_every_module_is_on_the_map():
+    on_map = set(floors())
+    in_tree = {room(path) for path in SOURCES} - {"_validate"}
+    assert in_tree == on_map
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_point_down(path):
+    level = floors()
+    if room(path) == "_validate":
+        assert not own_imports(path)
+        return
+    for name in own_imports(path):
+        target = name.split(".")[0]
+        if target not in ("_validate", room(path)):
+            assert level[target] < level[room(path)], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["gram", "preconditioners"])
+def test_the_m_by_m_rooms_know_no_representation(name):
+    targets = {each.split(".")[0] for each in own_imports(pathlib.Path(f"{name}.py"))}
+    assert not targets & {"compressors", "window", "feedback", "layout", "placement"}
+
+
+@pytest.mark.parametrize("name", ["feedback", "window"])
+def test_feedback_and_window_know_only_the_protocol(name):
+    allowed = {"compressors.Space", "compressors.ROW_AXIS"}
+    assert set(own_imports(pathlib.Path(f"{name}.py"))) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_libraries_are_imported_by_their_public_names(path):
+    for name in imports(path):
+        library, *rest = name.split(".")
+        if library != "efcp_jax":
+            assert not any(part.startswith("_") for part in rest), name
+        assert library in LIBRARIES | sys.stdlib_module_names, name
+        assert library not in BANNED, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_is_evaluated_read_or_sent(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            banned = {"eval", "exec", "open", "compile", "__import__", "print"}
+            assert node.func.id not in banned, f"{path}:{node.lineno}"
+
+
+def test_public_names_are_those_of_the_design():
+    names = {
+        name
+        for name, value in vars(efcp_jax).items()
+        if not name.startswith("_") and getattr(value, "__name__", "") == name
+    }
+    assert names == PUBLIC | STATES
+    for name in names:
+        assert getattr(efcp_jax, name).__doc__
+
+
+def test_init_re_exports_and_does_nothing_else():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    for node in tree.body[1:]:  # behind the docstring
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.asname == alias.name for alias in node.names)
+        else:
+            assert ast.unparse(node).startswith("__version__ = ")
+
+
+def test_readme_names_every_function():
+    readme = ROOT.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("installed without its README")
+    text = readme.read_text()
+    assert [name for name in sorted(PUBLIC) if name not in text] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_and_packages_are_documented(path):
+    assert ast.get_docstring(ast.parse((ROOT / path).read_text()))
+
+
+def test_the_package_is_typed():
+    assert (ROOT / "py.typed").exists()

@@ -1,0 +1,116 @@
+"""The memory report against arithmetic, and against the arrays themselves."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import efcp_jax
+
+
+M = 8
+D = 6 * 50 + 50
+
+
+def model():
+    return {"bias": jnp.zeros(50), "kernel": jnp.zeros((6, 50))}
+
+
+def fixed(window_bytes=4 * M):
+    """Bytes of the counters, the scales and the Gram matrix."""
+    return 4 * 4 + window_bytes + 4 * M * M
+
+
+OPTIMIZERS = {
+    "mfac": (efcp_jax.mfac(0.1, M), 4 * M * D),
+    # 350 parameters are one block of at most 4096; 10% of it are 35 entries.
+    "sparse_mfac": (efcp_jax.sparse_mfac(0.1, M, 0.1), M * 35 * (4 + 2) + 4 * D),
+    "sparse_mfac-bf16": (
+        efcp_jax.sparse_mfac(
+            0.1, M, 0.1, value_dtype=jnp.bfloat16, error_dtype=jnp.bfloat16
+        ),
+        M * 35 * (2 + 2) + 2 * D,
+    ),
+    # Five blocks of 80 hold 350 parameters with padding; 5% of one are 4 entries.
+    "sparse_ggt-blocks": (
+        efcp_jax.sparse_ggt(0.1, M, 0.05, block_size=80),
+        M * 5 * 4 * (4 + 1) + 4 * 5 * 80,
+    ),
+    # The kernel as (6 + 50) r factors, the vector as itself and a one; the bases too.
+    "low_rank_ggt": (
+        efcp_jax.low_rank_ggt(0.1, M, 2),
+        4 * M * (2 * (6 + 50) + 50 + 1) + 4 * D + 4 * (2 * 50 + 1),
+    ),
+    "momentum": (efcp_jax.mfac(0.1, M, momentum=0.9), 4 * M * D + 4 * D),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bytes_equal_the_arithmetic_and_the_arrays(name):
+    tx, expected = OPTIMIZERS[name]
+    report = efcp_jax.memory_report(tx, model())
+    assert report.total == expected + fixed()
+    state = tx.init(model())
+    assert report.total == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert report.total == sum(report.fields.values())
+    assert report.parameters == D
+    assert report.per_parameter == report.total / D
+    assert report.dense_window == 4 * M * D
+    # Two moments and a counter.
+    assert report.adam == 2 * 4 * D + 4
+
+
+def test_fields_are_named_by_their_place_in_the_state():
+    tx = efcp_jax.scale_by_mfac(M, compressor=efcp_jax.top_k(0.1))
+    assert efcp_jax.memory_report(tx, model()).fields == {
+        "count": 4,
+        "skipped": 4,
+        "error": 4 * D,
+        "window.rows.values": M * 35 * 4,
+        "window.rows.offsets": M * 35 * 2,
+        "window.scale": 4 * M,
+        "window.slot": 4,
+        "window.filled": 4,
+        "gram": 4 * M * M,
+    }
+
+
+def test_nothing_is_allocated():
+    # A trillion parameters.
+    params = jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32)
+    tx = efcp_jax.low_rank_mfac(0.1, window_size=1024, rank=4)
+    report = efcp_jax.memory_report(tx, params)
+    assert report.parameters == 10**12
+    window = 4 * 1024 * 4 * 2 * 10**6
+    assert report.total - 4 * 10**12 == pytest.approx(window, rel=1e-2)
+
+
+def test_any_optimizer_has_a_report():
+    report = efcp_jax.memory_report(optax.adam(1e-3), model())
+    assert report.total == report.adam
+    assert report.dense_window == 0
+    report = efcp_jax.memory_report(
+        efcp_jax.error_feedback(efcp_jax.top_k(0.1)), model()
+    )
+    assert report.total == 4 * D + 8
+
+
+def test_a_block_diagonal_gram_is_counted_once_a_leaf():
+    compressor = efcp_jax.low_rank(2, block_diagonal=True)
+    tx = efcp_jax.scale_by_mfac(M, compressor=compressor)
+    assert efcp_jax.memory_report(tx, cases.params()).fields["gram"] == 4 * M * M * 4
+
+
+def test_the_table_shows_every_field_and_its_share():
+    report = efcp_jax.memory_report(efcp_jax.mfac(0.1, M), model())
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + len(report.fields) + 3
+    total = next(line for line in lines if line.startswith("total"))
+    assert total.split() == [
+        "total",
+        f"{report.total:,}",
+        f"{report.per_parameter:.2f}",
+    ]
+    assert np.all([name in str(report) for name in report.fields])
