@@ -59,7 +59,7 @@ def mfac_coefficients(
         Information <https://arxiv.org/abs/2107.03356>`_, 2021
 
     Notes:
-        m^3 / 3 operations; where the remedy is needed, about 10 m^3 more.
+        m^3 / 3 operations; where the remedy is needed, about 30 m^3 more.
     """
     dtype, size = gram.dtype, gram.shape[0]
     # A schedule may undershoot 0 by a rounding error; a window may still be empty.
@@ -72,7 +72,7 @@ def mfac_coefficients(
     weights = scale * inverse
     eye = jnp.eye(size, dtype=dtype)
     matrix = (weights[:, None] * gram * weights / divisor) * (1 - eye) + eye
-    solution = _solve_unit_diagonal(matrix, eye[slot])
+    solution = _solve_unit_diagonal(matrix, inverse, slot)
     # Without damping and for norms near the smallest number the solution overflows.
     limit = jnp.finfo(dtype).max / (_HEADROOM * size)
     inverse = jnp.minimum(inverse, limit)
@@ -81,8 +81,15 @@ def mfac_coefficients(
 
 # Compiled by itself, so that steps outside of `jit` do not compile the loop anew.
 @jax.jit
-def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solve with a positive semidefinite `matrix` of unit diagonal; always finite."""
+def _solve_unit_diagonal(
+    matrix: jax.Array, inverse: jax.Array, slot: jax.Array
+) -> jax.Array:
+    r"""Solve $D A D x = e_j$ for `matrix` $D A D$ of unit diagonal; always finite.
+
+    With `inverse`, the diagonal of $D$; where $A$ is singular, $D_j D x$ is the limit
+    of $(\delta I + A)^{-1} e_j$ on the range of $A$.
+    """
+    rhs = jnp.eye(matrix.shape[0], dtype=matrix.dtype)[slot]
     noise = _NOISE * jnp.finfo(matrix.dtype).eps
     factor = jnp.linalg.cholesky(matrix)
     # Squared pivots are the squared distances of each row from those before it.
@@ -93,8 +100,16 @@ def _solve_unit_diagonal(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
     def remedy(carry):
         values, vectors = jnp.linalg.eigh(matrix)
         kept = values > noise * values[-1]
-        inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-        weights = inverse * _dot(vectors.T, rhs)
+        # The null space of A is D times that of D A D. What e_j has in it is taken out
+        # first, so that dependent rows are weighed by their norms, not all alike.
+        null = inverse[:, None] * jnp.where(kept, 0, vectors)
+        peaks = jnp.max(jnp.abs(null), axis=0)
+        left, singular, _ = jnp.linalg.svd(null / jnp.where(peaks > 0, peaks, 1))
+        outside = jnp.where(singular > noise * jnp.maximum(singular[0], 1), left, 0)
+        inside = rhs - _dot(outside, outside[slot])
+        ratio = jnp.minimum(inverse / inverse[slot], 1 / jnp.finfo(matrix.dtype).tiny)
+        weights = _dot(vectors.T, ratio * inside) * jnp.where(kept, 1, 0)
+        weights = weights / jnp.where(kept, values, 1)
         return jnp.asarray(True), _dot(vectors, weights)
 
     # A loop of at most one round: unlike `lax.cond`, under `vmap` it does not run the
