@@ -1,0 +1,286 @@
+"""Where the state lives, on which devices it can go on, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec as P,
+    SingleDeviceSharding,
+)
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import sharding_cases as cases
+
+import efcp_jax
+from efcp_jax.sharding import abstract_state, reshard_state, state_shardings
+
+
+MODEL = {"a": {"w": (16, 8), "b": (8,)}, "c": (4, 8, 2)}
+SPECS = {"a": {"w": P("x", "y"), "b": P("y")}, "c": P(None, "x")}
+
+
+def is_shape(node):
+    return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
+
+
+def mesh_of(kind=AxisType.Explicit, shape=(4, 2), names=("x", "y")):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, (kind,) * len(shape), devices=devices)
+
+
+def sharding_tree(mesh, specs=SPECS):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def params_on(mesh, specs=SPECS):
+    zeros = jax.tree.map(lambda s: np.zeros(s, np.float32), MODEL, is_leaf=is_shape)
+    return jax.device_put(zeros, sharding_tree(mesh, specs))
+
+
+def chains(sharding=None):
+    """Return optimizers that wrap this package's transformations in every way."""
+    sparse = efcp_jax.top_k(0.25, block_size=4)
+    only_a = {"a": True, "c": False}
+    return {
+        "momentum and decay": efcp_jax.sparse_mfac(
+            0.1, 3, 0.5, momentum=0.9, weight_decay=0.1, sharding=sharding
+        ),
+        "feedback and adam": optax.chain(
+            optax.clip_by_global_norm(1.0),
+            efcp_jax.error_feedback(sparse, sharding=sharding),
+            optax.adam(0.1),
+        ),
+        "masked": optax.masked(
+            efcp_jax.low_rank_mfac(0.1, 3, 2, momentum=0.9, sharding=sharding), only_a
+        ),
+        "partition": optax.partition(
+            {
+                "one": efcp_jax.ggt(0.1, 3, sharding=sharding),
+                "other": efcp_jax.low_rank_ggt(
+                    0.1, 3, 2, block_diagonal=True, sharding=sharding
+                ),
+            },
+            {"a": {"w": "one", "b": "other"}, "c": "other"},
+        ),
+        "injected": optax.inject_hyperparams(
+            efcp_jax.mfac, static_args=("window_size", "sharding")
+        )(0.1, window_size=3, sharding=sharding),
+    }
+
+
+@pytest.mark.parametrize("name", chains())
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_state_shardings_are_those_of_the_state(name, kind):
+    mesh = mesh_of(kind)
+    shardings = sharding_tree(mesh)
+    tx = chains(None if kind == AxisType.Explicit else shardings)[name]
+    params = params_on(mesh)
+    expected = state_shardings(tx, params)
+    abstract = abstract_state(tx, params)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init, out_shardings=expected)(params)
+        _, following = jax.jit(tx.update)(params, state, params)
+    for made in (state, following):
+        assert jax.tree.structure(made) == jax.tree.structure(expected)
+        for leaf, at, shape in zip(
+            *map(jax.tree.leaves, (made, expected, abstract)), strict=True
+        ):
+            assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+    if kind == AxisType.Explicit:  # outside of jit, without an ambient mesh
+        for leaf, at in zip(
+            *map(jax.tree.leaves, (tx.init(params), expected)), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+        abstract_only = jax.eval_shape(tx.init, params)
+        assert jax.tree.structure(abstract_only) == jax.tree.structure(expected)
+
+
+def test_momentum_gets_the_sharding_of_its_parameter_and_counters_none():
+    mesh = mesh_of()
+    tx = efcp_jax.mfac(0.1, 3, momentum=0.9)
+    found = state_shardings(tx, params_on(mesh))
+    assert found[0].window.rows.spec == P(("x", "y"))
+    assert found[0].gram.spec == found[0].count.spec == P()
+    assert found[1].trace == sharding_tree(mesh)
+
+
+def test_one_device_needs_no_mesh():
+    params = {"w": jnp.zeros((3, 4))}
+    tx = efcp_jax.sparse_mfac(0.1, 2, momentum=0.9)
+    found = jax.tree.leaves(state_shardings(tx, params))
+    assert set(found) == {SingleDeviceSharding(jax.devices()[0])}
+    jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
+
+
+def test_a_partition_spec_takes_the_ambient_mesh():
+    mesh = mesh_of(AxisType.Auto)
+    params = params_on(mesh)
+    tx = efcp_jax.scale_by_mfac(3, sharding=SPECS)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(params)
+    expected = NamedSharding(mesh, P(("x", "y")))
+    assert state.window.rows.sharding.is_equivalent_to(expected, 3)
+    with pytest.raises(ValueError, match=r"jax\.set_mesh"):
+        tx.init(params)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({"a": P("x"), "c": P(None, None, "x")}, r"params\['c'\].*2 does not divide"),
+        ({"a": {"w": P("x"), "b": P("x", "y")}, "c": P()}, r"\['b'\].*more entries"),
+        ({"a": P("z"), "c": P()}, r"params\['a'\]\['b'\].*no axis 'z'"),
+        ({"a": {"w": P("x"), "b": P()}}, r"no entry for the parameter params\['c'\]"),
+        ({"a": P("x"), "c": P("x", "x")}, r"\['c'\].*appears twice"),
+    ],
+)
+def test_a_sharding_that_does_not_fit_names_the_leaf(specs, message):
+    tx = efcp_jax.scale_by_mfac(3, sharding=specs)
+    params = params_on(mesh_of(AxisType.Auto))
+    with (
+        jax.set_mesh(mesh_of(AxisType.Auto)),
+        pytest.raises(ValueError, match=message),
+    ):
+        tx.init(params)
+
+
+def test_something_else_than_a_sharding_is_refused():
+    tx = efcp_jax.scale_by_mfac(3, sharding={"a": "x", "c": P()})
+    with pytest.raises(TypeError, match=r"NamedShardings.*'x'"):
+        tx.init(params_on(mesh_of(AxisType.Auto)))
+
+
+def test_divided_parameters_that_the_step_cannot_see_are_refused():
+    params = params_on(mesh_of(AxisType.Auto))
+    with pytest.raises(ValueError, match="Pass `sharding`"):
+        state_shardings(efcp_jax.mfac(0.1), params)
+    state_shardings(optax.adam(0.1), params)  # does not concern Adam
+
+
+# Runs that save on some devices and go on with others: blocks of the same entries, or
+# no blocks at all, so results are equal.
+def partitions(names):
+    return {
+        n: {"data": P(), "rows": P("x"), "columns": P(None, "x")}[names] for n in "uv"
+    }
+
+
+RESTARTS = [
+    ("sparse_mfac", ("data", 8), ("data", 3)),
+    ("sparse_ggt", ("data", 3), ("data", 1)),
+    ("sparse_mfac", ("rows", 4), ("rows", 2)),
+    ("bfloat16", ("data", 8), ("columns", 4)),
+    ("bfloat16", ("rows", 2), ("data", 3)),
+    ("low_rank_mfac", ("rows", 8), ("columns", 3)),
+    ("low_rank_ggt", ("data", 3), ("rows", 4)),
+]
+
+
+def optimizer(name):
+    if name == "bfloat16":
+        return efcp_jax.mfac(1.0, cases.WINDOW, value_dtype=jnp.bfloat16, momentum=0.5)
+    return cases.ALIASES[name]()
+
+
+@pytest.mark.parametrize(("name", "before", "after"), RESTARTS)
+def test_a_restart_on_other_devices_goes_on_with_equal_results(
+    name, before, after, tmp_path
+):
+    tx = optimizer(name)
+    generator = np.random.default_rng(0)
+    # One leaf, so that blocks align over its rows; two for what has no blocks.
+    names = "u" if name.startswith("sparse") and before[0] == "rows" else "uv"
+    stacked = {n: generator.normal(size=(7, 24, 24)).astype(np.float32) for n in names}
+
+    def place(kind, count):
+        mesh = mesh_of(shape=(count,), names=("x",))
+        specs = {n: partitions(kind)[n] for n in names}
+        shardings = sharding_tree(mesh, specs)
+        zeros = {n: np.zeros((24, 24), np.float32) for n in names}
+        return jax.device_put(zeros, shardings), shardings
+
+    def steps(params, shardings, state, numbers):
+        update, results = jax.jit(tx.update), []
+        for t in numbers:
+            gradient = jax.device_put({n: stacked[n][t] for n in names}, shardings)
+            updates, state = update(gradient, state, params)
+            results.append(np.concatenate([*map(np.ravel, updates.values())]))
+        return results, state
+
+    params, shardings = place(*before)
+    _, state = steps(params, shardings, tx.init(params), range(4))
+    expected, _ = steps(params, shardings, state, range(4, 7))
+    checkpointer = ocp.PyTreeCheckpointer()
+    checkpointer.save(tmp_path / "state", state)
+
+    # The devices that saved it are gone; their number and the partition are known.
+    gone = AbstractMesh((before[1],), ("x",), (AxisType.Explicit,))
+    saved = {
+        n: jax.ShapeDtypeStruct(
+            p.shape, p.dtype, sharding=NamedSharding(gone, shardings[n].spec)
+        )
+        for n, p in params.items()
+    }
+    item = abstract_state(tx, saved)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    restored = checkpointer.restore(
+        tmp_path / "state",
+        args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy),
+    )
+    params, shardings = place(*after)
+    state = reshard_state(restored, (tx, saved), (tx, params))
+    for leaf, at in zip(
+        *map(jax.tree.leaves, (state, state_shardings(tx, params))), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(at, leaf.ndim)
+    found, _ = steps(params, shardings, state, range(4, 7))
+    assert cases.worst(found, expected) < 100 * np.finfo(np.float32).eps
+
+
+def test_equal_shapes_restore_directly_onto_other_devices(tmp_path):
+    tx = cases.ALIASES["sparse_mfac"]()
+    params = {n: jnp.zeros((32, 8)) for n in "uv"}  # 128 blocks
+    on = lambda count: jax.device_put(
+        params, NamedSharding(mesh_of(shape=(count,), names=("x",)), P())
+    )
+    many, few = on(8), on(4)
+    gradient = jax.tree.map(
+        lambda p: jax.random.normal(jax.random.key(0), p.shape), params
+    )
+    _, state = jax.jit(tx.update)(
+        jax.device_put(gradient, many["u"].sharding), tx.init(many), many
+    )
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "state", state)
+    checkpointer.wait_until_finished()
+    target = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        abstract_state(tx, few),
+        state_shardings(tx, few),
+    )
+    restored = checkpointer.restore(tmp_path / "state", target)
+    for leaf, other in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        assert len(leaf.sharding.device_set) == 4
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_kept_entries_that_find_no_room_are_refused():
+    tx = cases.ALIASES["sparse_mfac"]()
+    placings = [cases.PLACINGS[name] for name in ("fsdp", "tensor")]
+    models = [
+        jax.device_put(cases.params(), p.shardings(p.make_mesh())) for p in placings
+    ]
+    _, state = cases.train_on(
+        placings[0], cases.ALIASES["sparse_mfac"], cases.gradients(), AxisType.Explicit
+    )
+    with pytest.raises(ValueError, match="room for 1"):
+        reshard_state(state, (tx, models[0]), (tx, models[1]))
+    with pytest.raises(ValueError, match="not made for `source`"):
+        reshard_state(state, (tx, cases.params()), (tx, models[1]))
+    with pytest.raises(ValueError, match="reshard_state"):
+        tx.update(cases.params(), state, cases.params())
