@@ -40,6 +40,7 @@ def compress(
     basis: chex.ArrayTree | None,
     *,
     scaled: bool,
+    guarded: bool = False,
 ) -> Compressed:
     """Compress `gradient` plus `error` and return the row and the error that remains.
 
@@ -52,26 +53,37 @@ def compress(
             which is exact and lets gradients of any magnitude share a window. It needs
             that magnitude on all devices, so it is left out where they would have to
             ask each other.
+        guarded: Whether a gradient with an entry that is not finite leaves the error
+            as it is. Knowing that before the error is touched, it is overwritten where
+            it lies; choosing between the new and the old one needs both.
 
     Returns:
         The compressed gradient and everything the next step needs.
     """
-    total = gradient
-    if error is not None:
-        total = jax.tree.map(lambda g, e: g + e.astype(g.dtype), gradient, error)
+    total = _add(gradient, error)
     peaks = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(total)]
     peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
     if scaled:
         scale, inverse = power_of_two(peak)
     else:
         scale = inverse = jnp.ones_like(peak)
+    finite, taken = jnp.isfinite(peak), scale
+    if guarded:
+        taken = jnp.where(finite, scale, 0)
+        gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
+        total = _add(gradient, error)
     row, basis = space.compress(jax.tree.map(lambda leaf: leaf * inverse, total), basis)
     vector = jax.tree.map(lambda leaf: leaf * scale, space.expand(row))
     if error is not None:
-        error = jax.tree.map(
-            lambda a, c, e: _saturate(a - c, e.dtype), total, vector, error
-        )
-    return Compressed(row, scale, vector, error, basis, jnp.isfinite(peak))
+        rest = space.residual(total, row, taken)
+        error = jax.tree.map(lambda a, e: _saturate(a, e.dtype), rest, error)
+    return Compressed(row, scale, vector, error, basis, finite)
+
+
+def _add(gradient: chex.ArrayTree, error: chex.ArrayTree | None) -> chex.ArrayTree:
+    if error is None:
+        return gradient
+    return jax.tree.map(lambda g, e: g + e.astype(g.dtype), gradient, error)
 
 
 def _saturate(value: chex.Array, dtype: chex.ArrayDType) -> chex.Array:

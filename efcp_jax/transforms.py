@@ -420,8 +420,15 @@ def _preconditioner(
 
     def step(space: Space, updates, state, values):
         layout, slot = space.layout, state.window.slot
+        # On one device an entry that is not finite is met before anything is changed.
+        guarded = skip_nonfinite and not layout.axes
         new = feedback.compress(
-            space, space.pack(updates), state.error, state.basis, scaled=not layout.axes
+            space,
+            space.pack(updates),
+            state.error,
+            state.basis,
+            scaled=not layout.axes,
+            guarded=guarded,
         )
         products = windows.inner(space, state.window, new.row)
         # A device that met an entry that is not finite tells the others in the sum.
@@ -431,6 +438,7 @@ def _preconditioner(
         if skip_nonfinite:
             finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
             accept = functools.reduce(jnp.logical_and, finite, new.finite)
+        accept = new.finite if guarded else accept
         window = windows.insert(state.window, new.row, new.scale, accept)
         gram = jax.tree.map(
             lambda old, row: grams.replace(old, row, slot, accept),
@@ -438,12 +446,13 @@ def _preconditioner(
             products,
         )
         weights = jax.tree.map(lambda k: coefficients(k, window, slot, values), gram)
+        weights = jax.tree.map(lambda w: jnp.where(accept, w, 0), weights)
         update = space.combine(window.rows, weights)
-        update = jax.tree.map(lambda u: jnp.where(accept, u, 0), update)
+        error = new.error if guarded else _select(accept, new.error, state.error)
         return space.unpack(update), state_type(
             count=optax.safe_increment(state.count),
             skipped=_count_skipped(state.skipped, accept),
-            error=_select(accept, new.error, state.error),
+            error=error,
             basis=_select(accept, new.basis, state.basis),
             window=window,
             gram=gram,

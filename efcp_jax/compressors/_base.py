@@ -60,6 +60,10 @@ class Space(Protocol):
         """Return the vector that `row` stands for."""
         ...
 
+    def residual(self, vector: Vector, row: Row, scale: Any) -> Vector:
+        """Return `vector` minus `scale` times the vector that `row` stands for."""
+        ...
+
     def inner(self, window: Rows, row: Row) -> Gram:
         """Return G x: this device's share of the inner products of rows and `row`.
 

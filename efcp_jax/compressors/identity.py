@@ -94,6 +94,9 @@ class IdentitySpace:
     def expand(self, row: jax.Array) -> jax.Array:  # noqa: D102
         return row.astype(self.layout.dtype)
 
+    def residual(self, vector: jax.Array, row: jax.Array, scale: jax.Array):  # noqa: D102
+        return vector - scale * self.expand(row)
+
     def inner(self, window: jax.Array, row: jax.Array) -> jax.Array:  # noqa: D102
         products = jnp.einsum(
             "bms,bs->bm",

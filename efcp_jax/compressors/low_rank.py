@@ -252,6 +252,10 @@ class LowRankSpace:
         product = lambda _, left, right: _dot(left.astype(dtype), right.astype(dtype).T)
         return self._tree(self._map(product, row.left, row.right))
 
+    def residual(self, vector: chex.ArrayTree, row: LowRankRow, scale: jax.Array):  # noqa: D102
+        subtract = lambda a, c: a - scale * c
+        return jax.tree.map(subtract, vector, self.expand(row))
+
     def inner(self, window: LowRankRow, row: LowRankRow):  # noqa: D102
         dtype = self.layout.dtype
 

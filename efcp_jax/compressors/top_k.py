@@ -1,6 +1,8 @@
 """Sparse rows: the entries of largest magnitude of each block of the gradient."""
 
+from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -12,6 +14,16 @@ import numpy as np
 from efcp_jax import _validate
 from efcp_jax.compressors._blocks import Blocks
 from efcp_jax.layout import Layout
+
+
+# Below this size of a group the selection in two levels does not pay.
+_SMALLEST_GROUP = 8
+
+# Entries of the window processed at a time. On CPUs a loop round takes about as long as
+# a thousand entries; on accelerators a chunk must fill the device, and temporaries of
+# its size stay small against memory.
+_CPU_CHUNK = 4096
+_ACCELERATOR_CHUNK = 1 << 24
 
 
 class SparseRow(NamedTuple):
@@ -151,7 +163,7 @@ class SparseSpace:
 
     def compress(self, vector: jax.Array, basis: None):  # noqa: D102
         del basis
-        _, offsets = lax.top_k(jnp.abs(vector), self.kept)
+        offsets = largest(vector, self.kept)
         values = jnp.take_along_axis(vector, offsets, axis=1)
         offsets = offsets.astype(offset_dtype(self.blocks.size))
         return SparseRow(values.astype(self.dtype), offsets), None
@@ -163,19 +175,138 @@ class SparseSpace:
             row.values.astype(vector.dtype), unique_indices=True
         )
 
+    def residual(self, vector: jax.Array, row: SparseRow, scale: jax.Array):  # noqa: D102
+        # k entries a block change, so the vector is updated where it lies.
+        block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
+        return vector.at[block, row.offsets.astype(jnp.int32)].add(
+            -scale * row.values.astype(vector.dtype), unique_indices=True
+        )
+
     def inner(self, window: SparseRow, row: SparseRow) -> jax.Array:  # noqa: D102
-        count, rows, kept = window.values.shape
-        vector = self.blocks.share(self.expand(row))
-        offsets = window.offsets.astype(jnp.int32).reshape(count, rows * kept)
-        entries = jnp.take_along_axis(vector, offsets, axis=1)
-        entries = entries.reshape(window.values.shape)
-        return jnp.sum(window.values.astype(vector.dtype) * entries, axis=(0, 2))
+        dtype, size = self.layout.dtype, self.blocks.size
+        values = self.blocks.share(row.values.astype(dtype))
+
+        def add(total: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
+            part = _blocks_at(window, start, chunk)
+            at = lambda leaf: lax.dynamic_slice_in_dim(leaf, start, chunk)
+            vector = _scatter_add(size, at(row.offsets)[:, None], at(values)[:, None])
+            products = part.values.astype(dtype) * _gather(vector, part.offsets)
+            return total + jnp.sum(products, axis=(0, 2))
+
+        zeros = jnp.zeros(window.values.shape[1], dtype)
+        return _sweep(window, zeros, add)
 
     def combine(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
-        block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None, None]
-        vector = jnp.zeros((self.blocks.count, self.blocks.size), coefficients.dtype)
-        entries = window.values.astype(vector.dtype) * coefficients[:, None]
-        return vector.at[block, window.offsets.astype(jnp.int32)].add(entries)
+        dtype = coefficients.dtype
+
+        def write(vector: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
+            part = _blocks_at(window, start, chunk)
+            entries = part.values.astype(dtype) * coefficients[:, None]
+            summed = _scatter_add(self.blocks.size, part.offsets, entries)
+            return lax.dynamic_update_slice_in_dim(vector, summed, start, axis=0)
+
+        zeros = jnp.zeros((self.blocks.count, self.blocks.size), dtype)
+        return _sweep(window, zeros, write)
 
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
+
+
+def largest(vector: jax.Array, kept: int) -> jax.Array:
+    """Return the offsets of the `kept` entries of largest magnitude of every row.
+
+    Among equal magnitudes the first come first, as in `lax.top_k`. The entries that are
+    kept lie in the `kept` groups of largest maximum: each of those groups has an entry
+    that comes before all entries of the other groups. So two selections, among the
+    maxima of groups and among the entries of the groups kept, replace one among all
+    entries.
+
+    Args:
+        vector: Shape `(blocks, size)`.
+        kept: Number of entries kept of each block.
+
+    Returns:
+        Array of shape `(blocks, kept)`, int32.
+    """
+    count, size = vector.shape
+    # A power of two near the root of size / kept makes both selections small.
+    group = 2 ** max(0, round(math.log2(size / kept) / 2))
+    if group < _SMALLEST_GROUP:
+        return lax.top_k(jnp.abs(vector), kept)[1]
+    groups = -(-size // group)
+    padded = jnp.pad(vector, [(0, 0), (0, groups * group - size)])
+    # Bits of a magnitude order like the magnitude, and integers reduce several times
+    # faster than floats, whose maximum has to look for NaN.
+    bits = lax.bitcast_convert_type(jnp.abs(padded), f"int{8 * vector.dtype.itemsize}")
+    peaks = jnp.max(bits.reshape(count, groups, group), axis=2)
+    peaks = lax.bitcast_convert_type(peaks, vector.dtype)
+    _, chosen = lax.top_k(peaks, kept)
+    first = jnp.sort(chosen, axis=1)[:, :, None] * group
+    offsets = (first + jnp.arange(group, dtype=jnp.int32)).reshape(count, -1)
+    # The padding of the last group loses to every entry, even to zeros.
+    entries = jnp.take_along_axis(
+        jnp.abs(vector), offsets, axis=1, mode="fill", fill_value=-1
+    )
+    _, places = lax.top_k(entries, kept)
+    return jnp.take_along_axis(offsets, places, axis=1)
+
+
+def _sweep(
+    window: SparseRow,
+    start: jax.Array,
+    step: Callable[[jax.Array, jax.Array, int], jax.Array],
+) -> jax.Array:
+    """Fold `step(carry, first block, number of blocks)` over the blocks of `window`.
+
+    On a CPU one block at a time, or a few small ones, so that what a chunk touches
+    stays in the cache and temporaries are of the size of a chunk. Accelerators take
+    chunks large enough to keep them busy.
+    """
+    count, rows, kept = window.values.shape
+
+    def fold(chunk: int) -> jax.Array:
+        whole = count // chunk
+        body = lambda i, carry: step(carry, i * chunk, chunk)
+        carry = lax.fori_loop(0, whole, body, start)
+        if count % chunk:
+            carry = step(carry, jnp.int32(whole * chunk), count % chunk)
+        return carry
+
+    chunk = lambda entries: min(count, max(1, entries // (rows * kept)))
+    small, large = chunk(_CPU_CHUNK), chunk(_ACCELERATOR_CHUNK)
+    if small == large:
+        return fold(small)
+    return lax.platform_dependent(cpu=lambda: fold(small), default=lambda: fold(large))
+
+
+def _blocks_at(tree: chex.ArrayTree, start: jax.Array, chunk: int) -> chex.ArrayTree:
+    """Return `chunk` blocks of every array of `tree`."""
+    # XLA on CPUs slices bfloat16 by way of float32. Without a barrier that depends on
+    # the round it would hoist the conversion out of the loop: a float32 window.
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_slice_in_dim(
+            lax.optimization_barrier((leaf, start))[0], start, chunk
+        ),
+        tree,
+    )
+
+
+def _gather(vector: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return the entries of `vector`, `(c, size)`, at `offsets`, `(c, m, k)`."""
+    offsets = offsets.astype(jnp.uint32)
+    take = lambda entries, index: entries.at[index].get(mode="promise_in_bounds")
+    if vector.shape[0] == 1:  # one block at a time: no index for the block
+        return take(vector[0], offsets[0])[None]
+    return jax.vmap(take)(vector, offsets)
+
+
+def _scatter_add(size: int, offsets: jax.Array, entries: jax.Array) -> jax.Array:
+    """Return the sums of `entries`, `(c, m, k)`, by `offsets`; shape `(c, size)`."""
+    chunk = entries.shape[0]
+    offsets = offsets.astype(jnp.uint32).reshape(chunk, -1)
+    entries = entries.reshape(chunk, -1)
+    zeros = jnp.zeros(size, entries.dtype)
+    add = lambda index, each: zeros.at[index].add(each, mode="promise_in_bounds")
+    if chunk == 1:
+        return add(offsets[0], entries[0])[None]
+    return jax.vmap(add)(offsets, entries)
