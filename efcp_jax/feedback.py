@@ -52,7 +52,8 @@ def compress(
         scaled: Whether to divide the row by the power of two above its largest entry,
             which is exact and lets gradients of any magnitude share a window. It needs
             that magnitude on all devices, so it is left out where they would have to
-            ask each other.
+            ask each other. There, norms above 1e19 overflow the Gram matrix, which
+            skips the step, and norms below 1e-19 vanish in it.
         guarded: Whether a gradient with an entry that is not finite leaves the error
             as it is. Knowing that before the error is touched, it is overwritten where
             it lies; choosing between the new and the old one needs both.

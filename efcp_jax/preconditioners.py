@@ -11,6 +11,14 @@ No large numbers are subtracted, unlike in the form $x / \lambda - G^T(\ldots)$.
 Rows come scaled: $G = S \hat G$ with $S = \mathrm{diag}(s)$, so both functions take
 $\hat K = \hat G \hat G^T$ and $s$, return $S w$, and never form a square of $s$: rows
 from 1e-30 to 1e30 share a window.
+
+Degenerate windows have stated results, finite ones. Zero rows, empty slots included,
+have no part in the update, and for a zero newest row it is zero. Where rows depend on
+each other to within rounding, the update is the limit of the exact one, which for a
+damping or eps of 0 is the pseudo-inverse; schedules below 0 count as 0. One gradient
+$c$ in $t$ of $m$ slots gives $c / (\lambda + |c|^2 t / m)$ and
+$c / (|c| \sqrt{t} + \epsilon)$. Numbers that the hardware flushes are zeros, and what
+would overflow is clipped.
 """
 
 import chex
@@ -50,9 +58,10 @@ def mfac_coefficients(
         divisor: $n$, the number of rows the Fisher matrix is averaged over.
 
     Returns:
-        Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`. The
-        relative error grows as the condition number of the scaled matrix times the
-        rounding unit.
+        Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`. Their
+        relative error, and that of the update against the lengths of the rows that are
+        combined, grows as the condition number of the scaled matrix times the rounding
+        unit.
 
     References:
         Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
