@@ -23,7 +23,7 @@ UPDATES = 20
 WIDTH = 512
 
 key = jax.random.key(0)
-inputs = jax.random.normal(key, (UPDATES, MICRO_BATCHES, 16, WIDTH))
+inputs = list(jax.random.normal(key, (UPDATES, MICRO_BATCHES, 16, WIDTH)))
 tx = efcp_jax.sparse_ggt(0.1, window_size=64)
 
 
