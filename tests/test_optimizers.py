@@ -107,12 +107,13 @@ def test_momentum_is_the_trace_of_optax(name):
 
 def test_rate_momentum_and_decay_may_be_schedules():
     rate = optax.linear_schedule(1.0, 0.1, STEPS)
-    decay = optax.linear_schedule(0.9, 0.5, STEPS)
+    momentum = optax.linear_schedule(0.9, 0.5, STEPS)
+    decay = optax.linear_schedule(0.0, 0.2, STEPS)
     tx = optimizer(
         "ggt",
         rate,
-        momentum=decay,
-        weight_decay=0.1,
+        momentum=momentum,
+        weight_decay=decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 0, params),
         **hyperparameters("ggt"),
     )
@@ -121,8 +122,9 @@ def test_rate_momentum_and_decay_may_be_schedules():
     for t, (update, direction) in enumerate(
         zip(updates_of(tx), directions("ggt"), strict=True)
     ):
-        trace = direction + float(decay(t)) * trace
-        expected = -float(rate(t)) * (trace + 0.1 * oracles.flat(masked))
+        trace = direction + float(momentum(t)) * trace
+        decayed = float(decay(t)) * oracles.flat(masked)
+        expected = -float(rate(t)) * (trace + decayed)
         assert oracles.relative_error(update, expected) <= 1e-5
 
 
