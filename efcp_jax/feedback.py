@@ -70,7 +70,8 @@ def compress(
         scale = inverse = jnp.ones_like(peak)
     finite, taken = jnp.isfinite(peak), scale
     if guarded:
-        taken = jnp.where(finite, scale, 0)
+        # The row is made zero too: infinite, it would make 0 times it NaN.
+        taken, inverse = jnp.where(finite, scale, 0), jnp.where(finite, inverse, 0)
         gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
         total = _add(gradient, error)
     row, basis = space.compress(jax.tree.map(lambda leaf: leaf * inverse, total), basis)
@@ -87,7 +88,7 @@ def _add(gradient: chex.ArrayTree, error: chex.ArrayTree | None) -> chex.ArrayTr
     return jax.tree.map(lambda g, e: g + e.astype(g.dtype), gradient, error)
 
 
-def _saturate(value: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+def _saturate(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Cast to `dtype`; what overflows becomes its largest number, NaN stays NaN.
 
     An infinity in the error would make every later step non-finite.
