@@ -110,8 +110,8 @@ class _Blocks:
         return basis
 
     def rows(self, rows: Any) -> Any:
-        if self.blocks is not None:
-            return jax.tree.map(lambda leaf: _take(leaf, self.blocks, 0), rows)
+        if (blocks := self.blocks) is not None:
+            return jax.tree.map(lambda leaf: _take(leaf, blocks, 0), rows)
         if isinstance(rows, SparseRow):
             return self._sparse(rows)
         rows = np.asarray(rows)
@@ -122,7 +122,7 @@ class _Blocks:
         size, kept = values.shape[1], self.new.kept
         shape = (self.new_places.shape[0], size, kept)
         dtype = self.new.zeros()[1].offsets.dtype
-        new = SparseRow(np.zeros(shape, values.dtype), np.zeros(shape, dtype))
+        new_values, new_offsets = np.zeros(shape, values.dtype), np.zeros(shape, dtype)
         for row in range(size):
             dense = np.zeros(self.old_places.shape, values.dtype)
             at = offsets[:, row].astype(np.int64)
@@ -138,9 +138,10 @@ class _Blocks:
                     f" room for {kept}. Go on with the layout that the state was saved"
                     " in, or start the optimizer afresh with `init`."
                 )
-            new.values[block, row, rank] = moved[block, offset]
-            new.offsets[block, row, rank] = offset
-        return new
+            new_values[block, row, rank] = moved[block, offset]
+            new_offsets[block, row, rank] = offset
+        moved_rows: Any = (new_values, new_offsets)
+        return SparseRow(*moved_rows)
 
 
 class _Factors:

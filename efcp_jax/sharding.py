@@ -36,10 +36,11 @@ means one block a device. `identity` and `low_rank` have no blocks to align.
 """
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import chex
 import jax
+from jax.core import Tracer
 import numpy as np
 import optax
 
@@ -50,7 +51,7 @@ from efcp_jax.placement import Description
 
 def state_shardings(
     tx: optax.GradientTransformation, params: chex.ArrayTree, sharding: Any = None
-) -> chex.ArrayTree:
+) -> Any:
     """Return the sharding of every array of `tx.init(params)`, allocating nothing.
 
     Fields of this package's states get those of the step, trees of other
@@ -263,7 +264,7 @@ def _param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> A
     )
 
 
-def _is_named(sharding: Any) -> bool:
+def _is_named(sharding: Any) -> TypeGuard[jax.sharding.NamedSharding]:
     return isinstance(sharding, jax.sharding.NamedSharding)
 
 
@@ -282,7 +283,7 @@ def _concrete_mesh(meshes: list[Any]) -> Any:
 
 def _device(params: chex.ArrayTree) -> Any:
     for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
             return min(leaf.devices(), key=lambda device: device.id)
     return jax.local_devices()[0]
 
