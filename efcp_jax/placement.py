@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -136,11 +137,11 @@ def _explicit_sharding(leaf: Any) -> NamedSharding | None:
 
 
 def _is_concrete(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
 def layout(
-    tree: chex.ArrayTree, dtype: chex.ArrayDType, placement: Placement | None
+    tree: chex.ArrayTree, dtype: jax.typing.DTypeLike, placement: Placement | None
 ) -> Layout:
     """Return the layout of `tree` on each device of `placement`.
 

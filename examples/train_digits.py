@@ -160,7 +160,7 @@ def report(results: dict[str, Result]) -> None:
     )
     for name, result in results.items():
         print(
-            f"{TITLES[name]:27}{result.accuracy:>14.4f}{result.train_loss:>12.5f}"
+            f"{TITLES[name]:27}{result.accuracy:>14.4f}{result.train_loss:>12.1e}"
             f"{result.bytes_per_parameter:>19.1f}{result.milliseconds:>9.1f}"
         )
 

@@ -279,15 +279,15 @@ def _sweep(
     return lax.platform_dependent(cpu=lambda: fold(small), default=lambda: fold(large))
 
 
-def _blocks_at(tree: chex.ArrayTree, start: jax.Array, chunk: int) -> chex.ArrayTree:
-    """Return `chunk` blocks of every array of `tree`."""
+def _blocks_at(window: SparseRow, start: jax.Array, chunk: int) -> SparseRow:
+    """Return `chunk` blocks of every array of `window`."""
     # XLA on CPUs slices bfloat16 by way of float32. Without a barrier that depends on
     # the round it would hoist the conversion out of the loop: a float32 window.
     return jax.tree.map(
         lambda leaf: lax.dynamic_slice_in_dim(
             lax.optimization_barrier((leaf, start))[0], start, chunk
         ),
-        tree,
+        window,
     )
 
 
