@@ -18,7 +18,6 @@ KINDS = {"mfac": efcp_jax.scale_by_mfac, "ggt": efcp_jax.scale_by_ggt}
 LOSSLESS = {
     "dense": efcp_jax.identity(),
     "sparse": efcp_jax.top_k(1.0),
-    "blocks": efcp_jax.top_k(1.0, block_size=1000),
     "low_rank": efcp_jax.low_rank(100),
 }
 LOSSY = {

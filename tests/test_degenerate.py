@@ -72,11 +72,11 @@ def test_ggt_of_one_gradient_repeated_is_its_closed_form(name):
 def test_exactly_dependent_rows_give_the_float64_update(kind, name):
     one, two = random(2)
     gradients = [one, 2 * one, two, one + two, -one, two - one, one, 0 * one, two]
-    updates, _ = run(kind, name, 5, gradients, 1e-1)
+    updates, _ = run(kind, name, 4, gradients, 1e-1)
     for t, update in enumerate(updates):
-        rows = vectors(gradients)[max(0, t - 4) : t + 1]
+        rows = vectors(gradients)[max(0, t - 3) : t + 1]
         if kind == "mfac":
-            expected = oracles.mfac(rows, 1e-1, 5)
+            expected = oracles.mfac(rows, 1e-1, 4)
         else:
             expected = oracles.ggt(rows, 1e-1)
         assert oracles.relative_error(update, expected) < 1e-4
@@ -87,13 +87,13 @@ def test_exactly_dependent_rows_give_the_float64_update(kind, name):
 def test_dependent_rows_without_damping_give_the_pseudo_inverse(kind, name):
     one, two = random(2)
     gradients = [one, 2 * one, two, one + two, -one, two - one, one]
-    updates, _ = run(kind, name, 5, gradients, 0.0)
+    updates, _ = run(kind, name, 4, gradients, 0.0)
     for t, update in enumerate(updates):
-        rows = np.array(vectors(gradients)[max(0, t - 4) : t + 1])
+        rows = np.array(vectors(gradients)[max(0, t - 3) : t + 1])
         _, singular, right = np.linalg.svd(rows, full_matrices=False)
         # The sums were rounded to float32, so dependent to 1e-7 only.
         kept = singular > 1e-6 * singular[0]
-        power = 5 / singular[kept] ** 2 if kind == "mfac" else 1 / singular[kept]
+        power = 4 / singular[kept] ** 2 if kind == "mfac" else 1 / singular[kept]
         expected = right[kept].T @ (power * (right[kept] @ rows[-1]))
         assert oracles.relative_error(update, expected) < 3e-3
 
@@ -132,11 +132,11 @@ def test_ggt_resolves_norms_down_to_the_root_of_the_rounding_unit(name):
 @every_lossless
 def test_a_damping_of_1e_minus_12_gives_the_float64_update(name):
     gradients = random(9)
-    updates, _ = run("mfac", name, 5, gradients, 1e-12)
+    updates, _ = run("mfac", name, 4, gradients, 1e-12)
     for t, update in enumerate(updates):
-        rows = np.array(vectors(gradients)[max(0, t - 4) : t + 1])
+        rows = np.array(vectors(gradients)[max(0, t - 3) : t + 1])
         # 1e-12 is below the rounding of a d x d system, so by the rows.
-        system = 1e-12 * np.eye(len(rows)) + rows @ rows.T / 5
+        system = 1e-12 * np.eye(len(rows)) + rows @ rows.T / 4
         expected = rows.T @ np.linalg.solve(system, np.eye(len(rows))[-1])
         assert oracles.relative_error(update, expected) < 1e-4
 

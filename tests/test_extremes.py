@@ -70,8 +70,8 @@ def test_blocks_larger_than_the_model_are_one_global_block(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
-@pytest.mark.parametrize("name", [*LOSSLESS, "f16-blocks"])
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+@pytest.mark.parametrize("name", ["dense", "f16-blocks", "low_rank"])
 def test_models_of_one_parameter_follow_the_scalar_formula(kind, name, shape):
     gradients = [np.full(shape, value, np.float32) for value in (2.0, -1.0, 0.5, 1.0)]
     updates, _ = run(kind, name, 2, gradients, 1e-2)
@@ -94,7 +94,7 @@ def test_a_rank_above_both_sides_keeps_the_whole_gradient():
 
 @every_kind
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["dense", "sparse", "low_rank"])
+@pytest.mark.parametrize("name", ["dense", "low_rank"])
 def test_overflow_of_a_half_precision_gradient_is_skipped(kind, name, dtype):
     init, update = jitted(kind, name, 3)
     gradient = jnp.asarray(random(1)[0], dtype)

@@ -119,8 +119,9 @@ def test_skipping_copies_no_window_and_calls_no_host(name):
     text, copies = program(True)
     assert "callback" not in text
     assert not re.search(r"\b(infeed|outfeed|send|recv)\(", text)
-    # The low-rank products transpose their factors on this backend, skipping or not.
-    assert copies == (program(False)[1] if name == "low_rank" else 0)
+    # Products of some representations lay the window out anew on this backend. Those
+    # copies are there without skipping too, and skipping adds none.
+    assert copies <= (0 if name in ("dense", "sparse") else program(False)[1])
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "low_rank"])

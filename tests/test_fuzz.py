@@ -8,8 +8,8 @@ import reference
 from reference import Structure
 
 
-STRUCTURES = 64
-BATCH = 160
+STRUCTURES = 20
+BATCH = 512
 
 
 def structures(count: int, seed: int = 0) -> list[Structure]:
