@@ -273,7 +273,9 @@ def _ggt(rows, eps, b1, b2) -> tuple[np.ndarray, float, float]:
     # not first multiplied by the same singular value.
     left, singular, right = np.linalg.svd(faded, full_matrices=False)
     update = right.T @ (singular / (singular + eps) * (left.T @ moment))
-    bound = 1.05 * float(np.linalg.norm(moment))
+    # Exactly it is the length of the moment. Near the floor of what is resolved, a
+    # singular value may be off by a factor of about the root of two.
+    bound = 2 * float(np.linalg.norm(moment))
     largest = singular[0]
     if largest == 0:
         return update, 1.0, bound

@@ -8,7 +8,6 @@ import pytest
 from small_runs import (
     F32,
     KINDS,
-    LOSSLESS,
     LOSSY,
     SHAPE,
     D,
