@@ -11,6 +11,7 @@ It prints the bytes that each device holds and the collectives in the compiled u
 import argparse
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def bytes_a_device(tree):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parallel", choices=PARALLEL, default="fsdp")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sparse_mfac")
     parser.add_argument("--steps", type=int, default=100)
@@ -85,7 +86,7 @@ def main():
 
     shape, partition = PARALLEL[args.parallel]
     count = jax.device_count()
-    sizes = tuple(count // abs(np.prod(shape)) if n == -1 else n for n in shape)
+    sizes = tuple(count // abs(math.prod(shape)) if n == -1 else n for n in shape)
     # Auto axes let XLA choose how the model is computed. The optimizer is told where
     # the parameters live; on a mesh of Explicit axes it would read it from their types.
     mesh = jax.make_mesh(sizes, ("data", "model"), (AxisType.Auto,) * 2)
