@@ -420,7 +420,8 @@ def _preconditioner(
 
     def step(space: Space, updates, state, values):
         layout, slot = space.layout, state.window.slot
-        # On one device an entry that is not finite is met before anything is changed.
+        # On one device it is known before anything is changed whether to skip, and the
+        # row is inserted first: all reading behind the writing needs no copy.
         guarded = skip_nonfinite and not layout.axes
         new = feedback.compress(
             space,
@@ -430,16 +431,21 @@ def _preconditioner(
             scaled=not layout.axes,
             guarded=guarded,
         )
-        products = windows.inner(space, state.window, new.row)
+        accept, window = jnp.asarray(True), state.window
+        if not layout.axes:
+            accept = new.finite if skip_nonfinite else accept
+            window = windows.insert(window, new.row, new.scale, accept)
+            products = space.inner(window.rows, new.row)
+        else:
+            products = windows.inner(space, window, new.row)
         # A device that met an entry that is not finite tells the others in the sum.
         products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
         products = layout.sum(products)
-        accept = jnp.asarray(True)
-        if skip_nonfinite:
-            finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
-            accept = functools.reduce(jnp.logical_and, finite, new.finite)
-        accept = new.finite if guarded else accept
-        window = windows.insert(state.window, new.row, new.scale, accept)
+        if layout.axes:
+            if skip_nonfinite:
+                finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
+                accept = functools.reduce(jnp.logical_and, finite, new.finite)
+            window = windows.insert(window, new.row, new.scale, accept)
         gram = jax.tree.map(
             lambda old, row: grams.replace(old, row, slot, accept),
             state.gram,

@@ -60,17 +60,19 @@ def insert(
 ) -> Window:
     """Overwrite the oldest row, or return the window as it was if not `accept`.
 
-    The choice is made on one row, so the window itself is updated in place.
+    The choice is a branch, so the window itself is updated in place.
     """
     slot = window.slot
     size = window.scale.shape[0]
 
-    def write(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-        kept = jnp.where(accept, new, old)
-        return lax.dynamic_update_index_in_dim(rows, kept, slot, ROW_AXIS)
+    def write(rows: chex.ArrayTree) -> chex.ArrayTree:
+        overwrite = lambda old, new: lax.dynamic_update_index_in_dim(
+            old, new, slot, ROW_AXIS
+        )
+        return jax.tree.map(overwrite, rows, row)
 
     return Window(
-        rows=jax.tree.map(write, window.rows, row, read(window, slot)),
+        rows=lax.cond(accept, write, lambda rows: rows, window.rows),
         scale=window.scale.at[slot].set(jnp.where(accept, scale, window.scale[slot])),
         slot=jnp.where(accept, (slot + 1) % size, slot),
         filled=jnp.where(accept, jnp.minimum(window.filled + 1, size), window.filled),

@@ -1,0 +1,75 @@
+"""Facts about the compiled step of sparse M-FAC, read off the program."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import efcp_jax
+
+
+WINDOW = 48
+SIZE = 40 * 4096  # 40 blocks
+
+
+@pytest.fixture(params=[True, False], ids=["skip", "no_skip"], scope="module")
+def compiled(request):
+    tx = efcp_jax.scale_by_mfac(
+        WINDOW,
+        compressor=efcp_jax.top_k(0.05, block_size=4096, value_dtype=jnp.bfloat16),
+        skip_nonfinite=request.param,
+    )
+    params = jax.ShapeDtypeStruct((SIZE,), jnp.float32)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(tx.update, donate_argnums=1)
+    return step.lower(params, state).compile(), state
+
+
+def bytes_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_state_takes_four_bytes_an_entry_plus_the_error(compiled):
+    _, state = compiled
+    kept = round(0.05 * 4096) * 40
+    arithmetic = 4 * WINDOW * kept + 4 * SIZE
+    assert bytes_of(state) == pytest.approx(arithmetic, rel=0.02)
+
+
+def test_whole_state_is_donated(compiled):
+    program, state = compiled
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == bytes_of(state)
+
+
+def test_donated_window_is_never_copied(compiled):
+    program, state = compiled
+    shapes = {",".join(map(str, x.shape)) for x in state.window.rows}
+    copies = re.findall(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", program.as_text())
+    assert not shapes & set(copies)
+
+
+def test_no_float32_or_int32_window_is_materialised(compiled):
+    program, state = compiled
+    shape = ",".join(map(str, state.window.rows.values.shape))
+    entry = program.as_text().split("ENTRY")[1]
+    results = re.findall(r"= (\w+)\[" + shape + r"\]", entry)
+    assert set(results) <= {"bf16", "u16"}
+
+
+def test_temporaries_are_three_vectors_at_most(compiled):
+    program, _ = compiled
+    # Packed gradient twice, update; none grows with the window.
+    assert program.memory_analysis().temp_size_in_bytes < 3.5 * 4 * SIZE
+
+
+def test_no_sort_and_no_selection_over_a_whole_vector(compiled):
+    program, _ = compiled
+    text = program.as_text()
+    for line in re.findall(r"[^\n]*(?:sort\(|custom-call\()[^\n]*", text):
+        for shape in re.findall(r"\[([\d,]+)\]", line):
+            axes = [int(n) for n in shape.split(",")]
+            assert axes[-1] < 4096, line
+    chex.assert_type(compiled[1].error, jnp.float32)
