@@ -61,7 +61,9 @@ def compiled_step(tx, params, gradient):
         update, state = compiled(gradient, state, params)
         return update
 
-    return call, size, compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None  # CPUs and GPUs have one
+    return call, size, analysis.temp_size_in_bytes
 
 
 def bandwidth(size=1 << 26, runs=7):

@@ -4,7 +4,7 @@ Error feedback, top-k over all parameters, one row of the Gram matrix, a factori
 and the combination of the rows, with 64-bit indices and float32 values as published.
 """
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 
 class SparseMfac:

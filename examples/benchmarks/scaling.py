@@ -39,7 +39,7 @@ def exponent(values, times):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=1 << 20)
     parser.add_argument("--window-size", type=int, default=128)
     parser.add_argument("--density", type=float, default=0.01)

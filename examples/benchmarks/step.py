@@ -82,7 +82,7 @@ def measure(size, window_size, density, rank, block_size, runs, speed):
         )
     try:
         import published
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         pass
     else:
@@ -154,7 +154,7 @@ def draw(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="d,m,density,rank")
     parser.add_argument("--block-size", type=int, default=4096)
     parser.add_argument("--runs", type=int, default=5)
