@@ -68,7 +68,9 @@ def compress(
         scale, inverse = power_of_two(peak)
     else:
         scale = inverse = jnp.ones_like(peak)
-    finite, taken = jnp.isfinite(peak), scale
+    # Not from the peak alone: a vectorised maximum need not carry a NaN along.
+    entries = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(total)]
+    finite, taken = jnp.all(jnp.stack([jnp.isfinite(peak), *entries])), scale
     if guarded:
         # The row is made zero too: infinite, it would make 0 times it NaN.
         taken, inverse = jnp.where(finite, scale, 0), jnp.where(finite, inverse, 0)
