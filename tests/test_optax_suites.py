@@ -55,7 +55,7 @@ HYPERPARAMETERS = {
     name: (
         {"learning_rate": 2e-2, "damping": 10.0}
         if name.endswith("mfac")
-        else {"learning_rate": 1.5e-3, "eps": 1.0}
+        else {"learning_rate": 1e-2, "eps": 5.0}
     )
     for name in _STRUCTURE
 }
