@@ -162,6 +162,19 @@ def test_a_fault_on_one_of_eight_devices_is_skipped_on_all(kind, name):
     assert state.skipped == 1
 
 
+@pytest.mark.parametrize("kind", ["ggt", "feedback"])
+def test_a_nan_is_found_wherever_it_is_and_however_many_runs_are_batched(kind):
+    tx = transform(kind, "sparse")
+    size, runs = 37, 512
+    gradients = np.random.default_rng(0).normal(size=(runs, size)).astype(np.float32)
+    gradients[np.arange(runs), np.arange(runs) % size] = np.nan
+    start = tx.init(jnp.zeros(size))
+    updates, states = jax.jit(jax.vmap(tx.update, (0, None)))(gradients, start)
+    assert np.all(states.skipped == 1)
+    assert not np.any(updates)
+    assert not np.any(states.error)
+
+
 STEPS = 600
 SEEDS = 10
 DISTURBANCES = {
