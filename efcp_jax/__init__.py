@@ -24,7 +24,9 @@ Floors of the code; imports point down only:
     _reshard                           the arrays of a state on other devices
     _positions                         what each entry of them stands for
     optimizers                         chains that end in the learning rate
-    transforms                         the step, states, Optax's protocol
+    transforms                         what users call, and what it computes
+    step                               one step on one device
+    protocol  states                   a step as an Optax transformation
     feedback  window                   error + gradient -> row; the last m rows
     gram  preconditioners              m x m only
     compressors                        one file a representation
@@ -48,10 +50,12 @@ from efcp_jax.optimizers import (
     sparse_ggt as sparse_ggt,
     sparse_mfac as sparse_mfac,
 )
-from efcp_jax.transforms import (
+from efcp_jax.states import (
     ErrorFeedbackState as ErrorFeedbackState,
     ScaleByGgtState as ScaleByGgtState,
     ScaleByMfacState as ScaleByMfacState,
+)
+from efcp_jax.transforms import (
     error_feedback as error_feedback,
     scale_by_ggt as scale_by_ggt,
     scale_by_mfac as scale_by_mfac,

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from efcp_jax.transforms import (
+from efcp_jax.states import (
     ErrorFeedbackState,
     ScaleByGgtState,
     ScaleByMfacState,

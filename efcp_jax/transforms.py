@@ -1,82 +1,18 @@
-"""The gradient transformations: error feedback, M-FAC and GGT.
+"""The gradient transformations: error feedback, M-FAC and GGT."""
 
-A step of either preconditioner is five lines of `_step`: compress with feedback, take
-the new row of the Gram matrix, insert, solve, combine.
-"""
-
-from collections.abc import Callable
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 from jax.core import Tracer
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, feedback, gram as grams, placement, window as windows
-from efcp_jax.compressors import Compressor, Space, identity
+from efcp_jax import _validate, gram as grams
+from efcp_jax.compressors import Compressor
 from efcp_jax.preconditioners import ggt_coefficients, mfac_coefficients
+from efcp_jax.states import ScaleByGgtState, ScaleByMfacState
+from efcp_jax.step import compressed, preconditioned
 from efcp_jax.window import Window
-
-
-# Default number of rows, for every transformation and alias.
-WINDOW_SIZE = 64
-
-
-class ErrorFeedbackState(NamedTuple):
-    """State of `error_feedback`.
-
-    Attributes:
-        count: Number of updates, int32.
-        skipped: Number of updates skipped for entries that were not finite, int32.
-        error: What compression has dropped so far, in working form.
-        basis: What the compressor carries between steps, or None.
-    """
-
-    count: jax.Array
-    skipped: jax.Array
-    error: chex.ArrayTree
-    basis: chex.ArrayTree | None
-
-
-class ScaleByMfacState(NamedTuple):
-    """State of `scale_by_mfac`.
-
-    Attributes:
-        count: Number of updates, int32.
-        skipped: Number of updates skipped for entries that were not finite, int32.
-        error: What compression has dropped so far, in working form; None without error
-            feedback.
-        basis: What the compressor carries between steps, or None.
-        window: The last m compressed gradients.
-        gram: Inner products of the window's stored rows, shape `(m, m)`; a tree of such
-            matrices where the compressor is block diagonal.
-    """
-
-    count: jax.Array
-    skipped: jax.Array
-    error: chex.ArrayTree | None
-    basis: chex.ArrayTree | None
-    window: Window
-    gram: chex.ArrayTree
-
-
-class ScaleByGgtState(NamedTuple):
-    """State of `scale_by_ggt`; the fields are those of `ScaleByMfacState`."""
-
-    count: jax.Array
-    skipped: jax.Array
-    error: chex.ArrayTree | None
-    basis: chex.ArrayTree | None
-    window: Window
-    gram: chex.ArrayTree
-
-
-# Returns the coefficients of the stored rows from the Gram matrix, the window behind
-# the insertion, the slot of the newest row and the values of the hyperparameters.
-_Coefficients = Callable[[jax.Array, Window, jax.Array, dict[str, Any]], jax.Array]
 
 
 def error_feedback(
@@ -130,39 +66,12 @@ def error_feedback(
     Notes:
         Memory: the error, 4 bytes a parameter. Time: one compression.
     """
-    compressor = _compressor(compressor)
-    error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
-    skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
-
-    def init(space: Space) -> ErrorFeedbackState:
-        vector, _, basis = space.zeros()
-        error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
-        count = jnp.zeros((), jnp.int32)
-        return ErrorFeedbackState(count, jnp.zeros_like(count), error, basis)
-
-    def specs(space: Space) -> ErrorFeedbackState:
-        vector, _, basis = space.specs()
-        one: Any = PartitionSpec()
-        return ErrorFeedbackState(one, one, vector, basis)
-
-    def step(space: Space, updates, state: ErrorFeedbackState, values):
-        del values
-        layout = space.layout
-        new = feedback.compress(
-            space, space.pack(updates), state.error, state.basis, scaled=not layout.axes
-        )
-        accept = jnp.asarray(True)
-        if skip_nonfinite:
-            accept = layout.sum(jnp.where(new.finite, 0, 1)) == 0
-        update = jax.tree.map(lambda c: jnp.where(accept, c, 0), new.vector)
-        return space.unpack(update), ErrorFeedbackState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            skipped=_count_skipped(state.skipped, accept),
-            error=_select(accept, new.error, state.error),
-            basis=_select(accept, new.basis, state.basis),
-        )
-
-    return _transformation(compressor, init, specs, step, {}, sharding)
+    return compressed(
+        compressor=compressor,
+        error_dtype=error_dtype,
+        skip_nonfinite=skip_nonfinite,
+        sharding=sharding,
+    )
 
 
 def scale_by_mfac(
@@ -245,7 +154,7 @@ def scale_by_mfac(
         rows = window.filled.astype(gram.dtype) if divisor == "filled" else size
         return mfac_coefficients(gram, window.scale, slot, values["damping"], rows)
 
-    return _preconditioner(
+    return preconditioned(
         ScaleByMfacState,
         coefficients,
         {"damping": damping},
@@ -356,7 +265,7 @@ def scale_by_ggt(
             values["b2"],
         )
 
-    return _preconditioner(
+    return preconditioned(
         ScaleByGgtState,
         coefficients,
         {"eps": eps, "b1": b1, "b2": b2},
@@ -366,208 +275,4 @@ def scale_by_ggt(
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
-    )
-
-
-def _preconditioner(
-    state_type: type,
-    coefficients: _Coefficients,
-    hyperparameters: dict[str, Any],
-    *,
-    window_size: int | None,
-    compressor: Compressor | None,
-    error_feedback: bool,
-    error_dtype: jax.typing.DTypeLike | None,
-    skip_nonfinite: bool,
-    sharding: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation that both preconditioners share."""
-    compressor = _compressor(compressor)
-    size = WINDOW_SIZE
-    if window_size is not None:
-        size = _validate.positive_int("window_size", window_size)
-    # A compressor that drops nothing leaves an error of zero, not worth its memory.
-    error_feedback = _validate.boolean("error_feedback", error_feedback)
-    error_feedback = error_feedback and not compressor.lossless
-    error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
-    skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
-
-    def init(space: Space):
-        vector, _, basis = space.zeros()
-        error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
-        count = jnp.zeros((), jnp.int32)
-        dtype = space.layout.dtype
-        return state_type(
-            count=count,
-            skipped=jnp.zeros_like(count),
-            error=error if error_feedback else None,
-            basis=basis,
-            window=windows.empty(space, size, dtype),
-            gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
-        )
-
-    def specs(space: Space):
-        vector, row, basis = space.specs()
-        one: Any = PartitionSpec()
-        return state_type(
-            count=one,
-            skipped=one,
-            error=vector if error_feedback else None,
-            basis=basis,
-            window=Window(rows=row, scale=one, slot=one, filled=one),
-            gram=space.grams(one),
-        )
-
-    def step(space: Space, updates, state, values):
-        layout, slot = space.layout, state.window.slot
-        # On one device it is known before anything is changed whether to skip, and the
-        # row is inserted first: all reading behind the writing needs no copy.
-        guarded = skip_nonfinite and not layout.axes
-        new = feedback.compress(
-            space,
-            space.pack(updates),
-            state.error,
-            state.basis,
-            scaled=not layout.axes,
-            guarded=guarded,
-        )
-        accept, window = jnp.asarray(True), state.window
-        if not layout.axes:
-            accept = new.finite if skip_nonfinite else accept
-            window = windows.insert(window, new.row, new.scale, accept)
-            products = space.inner(window.rows, new.row)
-        else:
-            products = windows.inner(space, window, new.row)
-        # A device that met an entry that is not finite tells the others in the sum.
-        products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
-        products = layout.sum(products)
-        if layout.axes:
-            if skip_nonfinite:
-                finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
-                accept = functools.reduce(jnp.logical_and, finite, new.finite)
-            window = windows.insert(window, new.row, new.scale, accept)
-        gram = jax.tree.map(
-            lambda old, row: grams.replace(old, row, slot, accept),
-            state.gram,
-            products,
-        )
-        weights = jax.tree.map(lambda k: coefficients(k, window, slot, values), gram)
-        weights = jax.tree.map(lambda w: jnp.where(accept, w, 0), weights)
-        update = space.combine(window.rows, weights)
-        error = new.error if guarded else _select(accept, new.error, state.error)
-        return space.unpack(update), state_type(
-            count=optax.safe_increment(state.count),
-            skipped=_count_skipped(state.skipped, accept),
-            error=error,
-            basis=_select(accept, new.basis, state.basis),
-            window=window,
-            gram=gram,
-        )
-
-    return _transformation(compressor, init, specs, step, hyperparameters, sharding)
-
-
-def _transformation(
-    compressor: Compressor,
-    init: Callable[[Space], Any],
-    specs: Callable[[Space], Any],
-    step: Callable[..., Any],
-    hyperparameters: dict[str, Any],
-    sharding: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Return `init` and `step` as a transformation, on one device or spread over many.
-
-    `init`, `specs` and `step` speak of a space; here the space is made from the tree.
-    """
-
-    def space_of(tree, dtype, placed):
-        return compressor.bind(placement.layout(tree, dtype, placed))
-
-    def init_fn(params):
-        params = _strip_boxes(params)
-        _validate.floating_leaves(params)
-        placed = placement.find(params, sharding)
-        space = space_of(params, working_dtype(params), placed)
-        return placement.start(init, space, placed, specs(space))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        given = jax.tree.structure(updates)
-        updates, params = _strip_boxes(updates), _strip_boxes(params)
-        like = updates if params is None else params
-        _validate.floating_leaves(updates, "updates")
-        _validate.same_trees(updates, like)
-        placed = placement.find(like, sharding)
-        space = space_of(updates, _state_dtype(state), placed)
-        local = jax.eval_shape(lambda: init(space))
-        made = placement.global_arrays(local, specs(space), placed)
-        _validate.same_state(state, made, updates)
-        values = {
-            name: jnp.asarray(value(state.count) if callable(value) else value)
-            for name, value in hyperparameters.items()
-        }
-        tree_specs, state_specs = PartitionSpec(), specs(space)
-        if placed is not None:
-            tree_specs = jax.tree.structure(updates).unflatten(placed.specs)
-            moved = placement.move(updates, placed.specs)
-        else:
-            moved = updates
-        new_updates, new_state = placement.run(
-            functools.partial(step, space),
-            placed,
-            (tree_specs, state_specs, {name: PartitionSpec() for name in values}),
-            (tree_specs, state_specs),
-            moved,
-            state,
-            values,
-        )
-        if placed is not None:
-            new_updates = placement.move_like(new_updates, updates)
-        return given.unflatten(jax.tree.leaves(new_updates)), new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def working_dtype(tree: chex.ArrayTree) -> Any:
-    """Return float64 if a leaf of `tree` is float64 or complex128, else float32."""
-    wide = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
-    dtypes = {jnp.dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)}
-    return jnp.float64 if wide & dtypes else jnp.float32
-
-
-def _state_dtype(state) -> Any:
-    """Return the working dtype that `init` chose."""
-    held = jax.tree.leaves(getattr(state, "gram", state.error))
-    return jnp.result_type(held[0], jnp.float32) if held else jnp.float32
-
-
-def _compressor(compressor: Compressor | None) -> Compressor:
-    if compressor is None:
-        return identity()
-    if not isinstance(compressor, Compressor):
-        raise TypeError(
-            "`compressor` must be a compressor, got"
-            f" {compressor!r}. Pass `efcp_jax.identity()`, `efcp_jax.top_k(0.01)` or"
-            " `efcp_jax.low_rank(4)`."
-        )
-    return compressor
-
-
-def _select(accept: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
-
-
-def _count_skipped(skipped: jax.Array, accept: jax.Array) -> jax.Array:
-    return jnp.where(accept, skipped, optax.safe_increment(skipped))
-
-
-def _strip_boxes(tree: Any) -> Any:
-    """Return `tree` with variables that carry metadata replaced by their arrays.
-
-    State made by mapping over flax's `nnx.Variable` would inherit the sharding metadata
-    of the parameter, on the wrong axes.
-    """
-    is_box = lambda node: hasattr(node, "get_metadata") and hasattr(node, "get_value")
-    return jax.tree.map(
-        lambda node: node.get_value() if is_box(node) else node, tree, is_leaf=is_box
     )

@@ -1,0 +1,100 @@
+"""A step as an Optax transformation: Optax's protocol, checks, and devices."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import optax
+
+from efcp_jax import _validate, placement
+from efcp_jax.compressors import Compressor, Space
+
+
+def transformation(
+    compressor: Compressor,
+    init: Callable[[Space], Any],
+    specs: Callable[[Space], Any],
+    step: Callable[..., Any],
+    hyperparameters: dict[str, Any],
+    sharding: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Return `init` and `step` as a transformation, on one device or spread over many.
+
+    `init`, `specs` and `step` speak of a space; here the space is made from the tree.
+    """
+
+    def space_of(tree, dtype, placed):
+        return compressor.bind(placement.layout(tree, dtype, placed))
+
+    def init_fn(params):
+        params = _strip_boxes(params)
+        _validate.floating_leaves(params)
+        placed = placement.find(params, sharding)
+        space = space_of(params, working_dtype(params), placed)
+        return placement.start(init, space, placed, specs(space))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        given = jax.tree.structure(updates)
+        updates, params = _strip_boxes(updates), _strip_boxes(params)
+        like = updates if params is None else params
+        _validate.floating_leaves(updates, "updates")
+        _validate.same_trees(updates, like)
+        placed = placement.find(like, sharding)
+        space = space_of(updates, _state_dtype(state), placed)
+        local = jax.eval_shape(lambda: init(space))
+        made = placement.global_arrays(local, specs(space), placed)
+        _validate.same_state(state, made, updates)
+        values = {
+            name: jnp.asarray(value(state.count) if callable(value) else value)
+            for name, value in hyperparameters.items()
+        }
+        tree_specs, state_specs = PartitionSpec(), specs(space)
+        if placed is not None:
+            tree_specs = jax.tree.structure(updates).unflatten(placed.specs)
+            moved = placement.move(updates, placed.specs)
+        else:
+            moved = updates
+        new_updates, new_state = placement.run(
+            functools.partial(step, space),
+            placed,
+            (tree_specs, state_specs, {name: PartitionSpec() for name in values}),
+            (tree_specs, state_specs),
+            moved,
+            state,
+            values,
+        )
+        if placed is not None:
+            new_updates = placement.move_like(new_updates, updates)
+        return given.unflatten(jax.tree.leaves(new_updates)), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def working_dtype(tree: chex.ArrayTree) -> Any:
+    """Return float64 if a leaf of `tree` is float64 or complex128, else float32."""
+    wide = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
+    dtypes = {jnp.dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)}
+    return jnp.float64 if wide & dtypes else jnp.float32
+
+
+def _state_dtype(state) -> Any:
+    """Return the working dtype that `init` chose."""
+    held = jax.tree.leaves(getattr(state, "gram", state.error))
+    return jnp.result_type(held[0], jnp.float32) if held else jnp.float32
+
+
+def _strip_boxes(tree: Any) -> Any:
+    """Return `tree` with variables that carry metadata replaced by their arrays.
+
+    State made by mapping over flax's `nnx.Variable` would inherit the sharding metadata
+    of the parameter, on the wrong axes.
+    """
+    is_box = lambda node: hasattr(node, "get_metadata") and hasattr(node, "get_value")
+    return jax.tree.map(
+        lambda node: node.get_value() if is_box(node) else node, tree, is_leaf=is_box
+    )

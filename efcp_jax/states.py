@@ -1,0 +1,61 @@
+"""The states of the transformations: arrays only, of fixed shapes and dtypes.
+
+Every field is a scalar, an array of its own, or a tree that mirrors the parameters, so
+that checkpoints, `optax.tree.map_params` and Flax's optimizers take it as it is.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+
+from efcp_jax.window import Window
+
+
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`.
+
+    Attributes:
+        count: Number of updates, int32.
+        skipped: Number of updates skipped for entries that were not finite, int32.
+        error: What compression has dropped so far, in working form.
+        basis: What the compressor carries between steps, or None.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree
+    basis: chex.ArrayTree | None
+
+
+class ScaleByMfacState(NamedTuple):
+    """State of `scale_by_mfac`.
+
+    Attributes:
+        count: Number of updates, int32.
+        skipped: Number of updates skipped for entries that were not finite, int32.
+        error: What compression has dropped so far, in working form; None without error
+            feedback.
+        basis: What the compressor carries between steps, or None.
+        window: The last m compressed gradients.
+        gram: Inner products of the window's stored rows, shape `(m, m)`; a tree of such
+            matrices where the compressor is block diagonal.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree | None
+    basis: chex.ArrayTree | None
+    window: Window
+    gram: chex.ArrayTree
+
+
+class ScaleByGgtState(NamedTuple):
+    """State of `scale_by_ggt`; the fields are those of `ScaleByMfacState`."""
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree | None
+    basis: chex.ArrayTree | None
+    window: Window
+    gram: chex.ArrayTree

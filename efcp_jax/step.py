@@ -1,0 +1,189 @@
+"""One step of each transformation, on the vectors and rows of one device.
+
+A preconditioned step: compress with feedback, insert the row and take its inner
+products, replace them in the Gram matrix, solve for coefficients, combine the rows.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import optax
+
+from efcp_jax import _validate, feedback, gram as grams, window as windows
+from efcp_jax.compressors import Compressor, Space, identity
+from efcp_jax.protocol import transformation
+from efcp_jax.states import ErrorFeedbackState
+from efcp_jax.window import Window
+
+
+# Default number of rows, for every transformation and alias.
+WINDOW_SIZE = 64
+
+# Returns the coefficients of the stored rows from the Gram matrix, the window behind
+# the insertion, the slot of the newest row and the values of the hyperparameters.
+_Coefficients = Callable[[jax.Array, Window, jax.Array, dict[str, Any]], jax.Array]
+
+
+def compressed(
+    *,
+    compressor: Compressor | None,
+    error_dtype: jax.typing.DTypeLike | None,
+    skip_nonfinite: bool,
+    sharding: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation that emits $c_t$; arguments as `error_feedback`."""
+    compressor = _compressor(compressor)
+    error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
+    skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
+
+    def init(space: Space) -> ErrorFeedbackState:
+        vector, _, basis = space.zeros()
+        error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
+        count = jnp.zeros((), jnp.int32)
+        return ErrorFeedbackState(count, jnp.zeros_like(count), error, basis)
+
+    def specs(space: Space) -> ErrorFeedbackState:
+        vector, _, basis = space.specs()
+        one: Any = PartitionSpec()
+        return ErrorFeedbackState(one, one, vector, basis)
+
+    def step(space: Space, updates, state: ErrorFeedbackState, values):
+        del values
+        layout = space.layout
+        new = feedback.compress(
+            space, space.pack(updates), state.error, state.basis, scaled=not layout.axes
+        )
+        accept = jnp.asarray(True)
+        if skip_nonfinite:
+            accept = layout.sum(jnp.where(new.finite, 0, 1)) == 0
+        update = jax.tree.map(lambda c: jnp.where(accept, c, 0), new.vector)
+        return space.unpack(update), ErrorFeedbackState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            skipped=_count_skipped(state.skipped, accept),
+            error=_select(accept, new.error, state.error),
+            basis=_select(accept, new.basis, state.basis),
+        )
+
+    return transformation(compressor, init, specs, step, {}, sharding)
+
+
+def preconditioned(
+    state_type: type,
+    coefficients: _Coefficients,
+    hyperparameters: dict[str, Any],
+    *,
+    window_size: int | None,
+    compressor: Compressor | None,
+    error_feedback: bool,
+    error_dtype: jax.typing.DTypeLike | None,
+    skip_nonfinite: bool,
+    sharding: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation with the coefficients of either preconditioner."""
+    compressor = _compressor(compressor)
+    size = WINDOW_SIZE
+    if window_size is not None:
+        size = _validate.positive_int("window_size", window_size)
+    # A compressor that drops nothing leaves an error of zero, not worth its memory.
+    error_feedback = _validate.boolean("error_feedback", error_feedback)
+    error_feedback = error_feedback and not compressor.lossless
+    error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
+    skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
+
+    def init(space: Space):
+        vector, _, basis = space.zeros()
+        error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
+        count = jnp.zeros((), jnp.int32)
+        dtype = space.layout.dtype
+        return state_type(
+            count=count,
+            skipped=jnp.zeros_like(count),
+            error=error if error_feedback else None,
+            basis=basis,
+            window=windows.empty(space, size, dtype),
+            gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
+        )
+
+    def specs(space: Space):
+        vector, row, basis = space.specs()
+        one: Any = PartitionSpec()
+        return state_type(
+            count=one,
+            skipped=one,
+            error=vector if error_feedback else None,
+            basis=basis,
+            window=Window(rows=row, scale=one, slot=one, filled=one),
+            gram=space.grams(one),
+        )
+
+    def step(space: Space, updates, state, values):
+        layout, slot = space.layout, state.window.slot
+        # On one device it is known before anything is changed whether to skip, and the
+        # row is inserted first: all reading behind the writing needs no copy.
+        guarded = skip_nonfinite and not layout.axes
+        new = feedback.compress(
+            space,
+            space.pack(updates),
+            state.error,
+            state.basis,
+            scaled=not layout.axes,
+            guarded=guarded,
+        )
+        accept, window = jnp.asarray(True), state.window
+        if not layout.axes:
+            accept = new.finite if skip_nonfinite else accept
+            window = windows.insert(window, new.row, new.scale, accept)
+            products = space.inner(window.rows, new.row)
+        else:
+            products = windows.inner(space, window, new.row)
+        # A device that met an entry that is not finite tells the others in the sum.
+        products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
+        products = layout.sum(products)
+        if layout.axes:
+            if skip_nonfinite:
+                finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
+                accept = functools.reduce(jnp.logical_and, finite, new.finite)
+            window = windows.insert(window, new.row, new.scale, accept)
+        gram = jax.tree.map(
+            lambda old, row: grams.replace(old, row, slot, accept),
+            state.gram,
+            products,
+        )
+        weights = jax.tree.map(lambda k: coefficients(k, window, slot, values), gram)
+        weights = jax.tree.map(lambda w: jnp.where(accept, w, 0), weights)
+        update = space.combine(window.rows, weights)
+        error = new.error if guarded else _select(accept, new.error, state.error)
+        return space.unpack(update), state_type(
+            count=optax.safe_increment(state.count),
+            skipped=_count_skipped(state.skipped, accept),
+            error=error,
+            basis=_select(accept, new.basis, state.basis),
+            window=window,
+            gram=gram,
+        )
+
+    return transformation(compressor, init, specs, step, hyperparameters, sharding)
+
+
+def _compressor(compressor: Compressor | None) -> Compressor:
+    if compressor is None:
+        return identity()
+    if not isinstance(compressor, Compressor):
+        raise TypeError(
+            "`compressor` must be a compressor, got"
+            f" {compressor!r}. Pass `efcp_jax.identity()`, `efcp_jax.top_k(0.01)` or"
+            " `efcp_jax.low_rank(4)`."
+        )
+    return compressor
+
+
+def _select(accept: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
+
+def _count_skipped(skipped: jax.Array, accept: jax.Array) -> jax.Array:
+    return jnp.where(accept, skipped, optax.safe_increment(skipped))
