@@ -41,8 +41,7 @@ def ggt(
         eps: $\epsilon \ge 0$ of $((G^T G)^{1/2} + \epsilon I)^{-1}$, in the unit of a
             gradient norm; a number or a schedule. Large values approach gradient
             descent.
-        b1: Decay of a first moment over the window, in [0, 1), at most `b2`; 0 for
-            none.
+        b1: Decay of a first moment over the window, in [0, 1) and at most `b2`.
         b2: Decay of the older rows of the window, in (0, 1]; 1 for none.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.
             None or 0 for none, without a buffer.
@@ -67,14 +66,11 @@ def ggt(
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
         >>> tx = efcp_jax.ggt(0.3, window_size=16)
         >>> params = jnp.zeros(3)
-        >>> state = tx.init(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     gradient = jax.grad(lambda x: jnp.sum((x - 1) ** 2))(params)
-        ...     updates, state = tx.update(gradient, state, params)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(60):
-        ...     params, state = step(params, state)
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
@@ -86,7 +82,7 @@ def ggt(
         Memory: 4 m bytes a parameter. Time: two passes over the window, and
         about 10 m^3 operations.
     """
-    preconditioner = scale_by_ggt(
+    scale = scale_by_ggt(
         window_size,
         eps,
         b1=b1,
@@ -97,9 +93,7 @@ def ggt(
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )
-    return with_learning_rate(
-        preconditioner, learning_rate, momentum, weight_decay, mask
-    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)
 
 
 def sparse_ggt(
@@ -137,8 +131,7 @@ def sparse_ggt(
         eps: $\epsilon \ge 0$ of $((G^T G)^{1/2} + \epsilon I)^{-1}$, in the unit of a
             gradient norm; a number or a schedule. Large values approach gradient
             descent.
-        b1: Decay of a first moment over the window, in [0, 1), at most `b2`; 0 for
-            none.
+        b1: Decay of a first moment over the window, in [0, 1) and at most `b2`.
         b2: Decay of the older rows of the window, in (0, 1]; 1 for none.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.
             None or 0 for none, without a buffer.
@@ -165,14 +158,11 @@ def sparse_ggt(
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
         >>> tx = efcp_jax.sparse_ggt(0.3, window_size=16)
         >>> params = jnp.zeros(3)
-        >>> state = tx.init(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     gradient = jax.grad(lambda x: jnp.sum((x - 1) ** 2))(params)
-        ...     updates, state = tx.update(gradient, state, params)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(60):
-        ...     params, state = step(params, state)
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
@@ -189,7 +179,7 @@ def sparse_ggt(
         window and
         about 10 m^3 operations.
     """
-    preconditioner = scale_by_ggt(
+    scale = scale_by_ggt(
         window_size,
         eps,
         b1=b1,
@@ -204,9 +194,7 @@ def sparse_ggt(
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )
-    return with_learning_rate(
-        preconditioner, learning_rate, momentum, weight_decay, mask
-    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)
 
 
 def low_rank_ggt(
@@ -245,8 +233,7 @@ def low_rank_ggt(
         eps: $\epsilon \ge 0$ of $((G^T G)^{1/2} + \epsilon I)^{-1}$, in the unit of a
             gradient norm; a number or a schedule. Large values approach gradient
             descent.
-        b1: Decay of a first moment over the window, in [0, 1), at most `b2`; 0 for
-            none.
+        b1: Decay of a first moment over the window, in [0, 1) and at most `b2`.
         b2: Decay of the older rows of the window, in (0, 1]; 1 for none.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.
             None or 0 for none, without a buffer.
@@ -273,14 +260,11 @@ def low_rank_ggt(
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
         >>> tx = efcp_jax.low_rank_ggt(0.3, window_size=16)
         >>> params = jnp.zeros(3)
-        >>> state = tx.init(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     gradient = jax.grad(lambda x: jnp.sum((x - 1) ** 2))(params)
-        ...     updates, state = tx.update(gradient, state, params)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(60):
-        ...     params, state = step(params, state)
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
@@ -297,7 +281,7 @@ def low_rank_ggt(
         passes over the window and
         about 10 m^3 operations.
     """
-    preconditioner = scale_by_ggt(
+    scale = scale_by_ggt(
         window_size,
         eps,
         b1=b1,
@@ -312,6 +296,4 @@ def low_rank_ggt(
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )
-    return with_learning_rate(
-        preconditioner, learning_rate, momentum, weight_decay, mask
-    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)

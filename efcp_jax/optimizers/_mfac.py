@@ -64,14 +64,11 @@ def mfac(
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
         >>> tx = efcp_jax.mfac(1 / 16, window_size=16)
         >>> params = jnp.zeros(3)
-        >>> state = tx.init(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     gradient = jax.grad(lambda x: jnp.sum((x - 1) ** 2))(params)
-        ...     updates, state = tx.update(gradient, state, params)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(60):
-        ...     params, state = step(params, state)
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
@@ -83,7 +80,7 @@ def mfac(
         Memory: 4 m bytes a parameter. Time: two passes over the window, and
         m^3 / 3 operations.
     """
-    preconditioner = scale_by_mfac(
+    scale = scale_by_mfac(
         window_size,
         damping,
         divisor=divisor,
@@ -93,9 +90,7 @@ def mfac(
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )
-    return with_learning_rate(
-        preconditioner, learning_rate, momentum, weight_decay, mask
-    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)
 
 
 def sparse_mfac(
@@ -159,14 +154,11 @@ def sparse_mfac(
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
         >>> tx = efcp_jax.sparse_mfac(1 / 16, window_size=16)
         >>> params = jnp.zeros(3)
-        >>> state = tx.init(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     gradient = jax.grad(lambda x: jnp.sum((x - 1) ** 2))(params)
-        ...     updates, state = tx.update(gradient, state, params)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(60):
-        ...     params, state = step(params, state)
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
@@ -183,7 +175,7 @@ def sparse_mfac(
         window and
         m^3 / 3 operations.
     """
-    preconditioner = scale_by_mfac(
+    scale = scale_by_mfac(
         window_size,
         damping,
         divisor=divisor,
@@ -197,9 +189,7 @@ def sparse_mfac(
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )
-    return with_learning_rate(
-        preconditioner, learning_rate, momentum, weight_decay, mask
-    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)
 
 
 def low_rank_mfac(
@@ -264,14 +254,11 @@ def low_rank_mfac(
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
         >>> tx = efcp_jax.low_rank_mfac(1 / 16, window_size=16)
         >>> params = jnp.zeros(3)
-        >>> state = tx.init(params)
-        >>> @jax.jit
-        ... def step(params, state):
-        ...     gradient = jax.grad(lambda x: jnp.sum((x - 1) ** 2))(params)
-        ...     updates, state = tx.update(gradient, state, params)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
         ...     return optax.apply_updates(params, updates), state
-        >>> for _ in range(60):
-        ...     params, state = step(params, state)
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
@@ -288,7 +275,7 @@ def low_rank_mfac(
         passes over the window and
         m^3 / 3 operations.
     """
-    preconditioner = scale_by_mfac(
+    scale = scale_by_mfac(
         window_size,
         damping,
         divisor=divisor,
@@ -302,6 +289,4 @@ def low_rank_mfac(
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )
-    return with_learning_rate(
-        preconditioner, learning_rate, momentum, weight_decay, mask
-    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)
