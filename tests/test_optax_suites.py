@@ -28,10 +28,10 @@ if optax_suites.VERSION < (0, 2, 8):
 # size cannot be.
 _STRUCTURE = {
     "mfac": {},
-    "sparse_mfac": {"density": 0.3},
+    "sparse_mfac": {"density": 0.5},
     "low_rank_mfac": {"rank": 1},
     "ggt": {},
-    "sparse_ggt": {"density": 0.3},
+    "sparse_ggt": {"density": 0.5},
     "low_rank_ggt": {"rank": 1},
 }
 
