@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from efcp_jax import _validate
+from efcp_jax.compressors._orthonormal import orthonormal
 from efcp_jax.layout import Layout, Routine, together
 
 
@@ -229,7 +230,7 @@ class LowRankSpace:
             known = yield lax.psum, jnp.sum(jnp.abs(start), axis=0), matrix.col_axes
             left = _dot(value, jnp.where(known > 0, start, fresh))
             left = yield lax.psum, left, matrix.col_axes
-            left = yield from _orthonormal(left, matrix.row_axes)
+            left = yield from orthonormal(left, matrix.row_axes)
             left = left.astype(self.dtype)
             # The rounded factor, so that this is the best right factor for it.
             right = _dot(value.T, left.astype(value.dtype))
@@ -316,42 +317,3 @@ def _random(matrix: Matrix, dtype: Any) -> jax.Array:
         start = lax.axis_index(matrix.col_axes) * matrix.cols
         columns = lax.dynamic_slice_in_dim(columns, start, matrix.cols)
     return columns / np.sqrt(rows)
-
-
-def orthonormal(matrix: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-    r"""Return an orthonormal basis of the columns of `matrix` by shifted Cholesky-QR.
-
-    $Q = Y \mathrm{chol}(Y^T Y + \delta I)^{-T}$, twice. Only products and an `(r, r)`
-    factorisation, so it runs on matrix units and, with rows divided over `axes`, sums
-    r^2 numbers between devices. Zero columns stay zero. Dependent columns give
-    directions of rounding size, which the second pass turns into arbitrary orthonormal
-    ones: harmless, since $Q Q^T A$ stays a projection of $A$.
-
-    Args:
-        matrix: Shape `(rows, r)`, this device's rows.
-        axes: Mesh axes that divide the rows.
-
-    Returns:
-        Array of the shape of `matrix`.
-    """
-    return together([_orthonormal(matrix, axes)])[0]
-
-
-def _orthonormal(matrix: jax.Array, axes: tuple[str, ...]) -> Routine:
-    rank = matrix.shape[1]
-    # Above the rounding of an (r, r) Gram matrix of unit diagonal.
-    shift = 8 * rank * jnp.finfo(matrix.dtype).eps
-    eye = jnp.eye(rank, dtype=matrix.dtype)
-    for _ in range(2):
-        peak = yield lax.pmax, jnp.max(jnp.abs(matrix), axis=0), axes
-        matrix = matrix / jnp.where(peak > 0, peak, 1)
-        gram = yield lax.psum, _dot(matrix.T, matrix), axes
-        square = jnp.diagonal(gram)
-        length = jnp.sqrt(jnp.where(square > 0, square, 1))
-        matrix = matrix / length
-        gram = gram / (length * length[:, None]) * (1 - eye) + eye
-        factor = jnp.linalg.cholesky(gram + shift * eye)
-        matrix = lax.linalg.triangular_solve(
-            factor, matrix, left_side=False, lower=True, transpose_a=True
-        )
-    return matrix
