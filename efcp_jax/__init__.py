@@ -29,9 +29,11 @@ Floors of the code; imports point down only:
     protocol  states                   a step as an Optax transformation
     feedback  window                   error + gradient -> row; the last m rows
     gram  preconditioners              m x m only
+    _cholesky                          their factorisation
     compressors                        one file a representation
     placement                          which device holds what
     layout                             a tree as real matrices
+    _branch                            an array overwritten where it lies
 """
 
 from efcp_jax import sharding as sharding

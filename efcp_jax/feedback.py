@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax.compressors import Space
+from efcp_jax.layout import saturate
 
 
 class Compressed(NamedTuple):
@@ -22,7 +23,7 @@ class Compressed(NamedTuple):
         vector: $c_t$ in working form.
         error: $e_{t+1}$, or None without error feedback.
         basis: The basis of the next step, or None.
-        finite: Whether all entries of $a_t$ on this device are finite.
+        finite: Whether all entries of $g_t$ on this device are finite.
     """
 
     row: chex.ArrayTree
@@ -35,18 +36,18 @@ class Compressed(NamedTuple):
 
 def compress(
     space: Space,
-    gradient: chex.ArrayTree,
+    tree: chex.ArrayTree,
     error: chex.ArrayTree | None,
     basis: chex.ArrayTree | None,
     *,
     scaled: bool,
     guarded: bool = False,
 ) -> Compressed:
-    """Compress `gradient` plus `error` and return the row and the error that remains.
+    """Compress the gradient plus `error` and return the row and the error that remains.
 
     Args:
         space: The representation.
-        gradient: $g_t$ in working form.
+        tree: $g_t$, a tree of the layout of `space`.
         error: $e_t$, of the same shapes in any floating dtype; None for no feedback.
         basis: What the representation carries between steps.
         scaled: Whether to divide the row by the power of two above its largest entry,
@@ -61,43 +62,41 @@ def compress(
     Returns:
         The compressed gradient and everything the next step needs.
     """
-    total = _add(gradient, error)
-    peaks = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(total)]
-    peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
+    finite = space.layout.finite(tree)
+    accept = finite if guarded else jnp.asarray(True)
+    total = _total(space, tree, error, accept)
     if scaled:
-        scale, inverse = power_of_two(peak)
+        peaks = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(total)]
+        scale, inverse = power_of_two(jnp.max(jnp.stack(peaks or [jnp.zeros(())])))
     else:
-        scale = inverse = jnp.ones_like(peak)
-    # Not from the peak alone: a vectorised maximum need not carry a NaN along.
-    entries = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(total)]
-    finite, taken = jnp.all(jnp.stack([jnp.isfinite(peak), *entries])), scale
-    if guarded:
-        # The row is made zero too: infinite, it would make 0 times it NaN.
-        taken, inverse = jnp.where(finite, scale, 0), jnp.where(finite, inverse, 0)
-        gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
-        total = _add(gradient, error)
-    row, basis = space.compress(jax.tree.map(lambda leaf: leaf * inverse, total), basis)
+        scale = inverse = jnp.ones((), space.layout.dtype)
+    row, basis = space.compress(total, basis, inverse)
     vector = jax.tree.map(lambda leaf: leaf * scale, space.expand(row))
     if error is not None:
-        rest = space.residual(total, row, taken)
-        error = jax.tree.map(lambda a, e: _saturate(a, e.dtype), rest, error)
+        rest = space.residual(total, row, jnp.where(accept, scale, 0))
+        error = jax.tree.map(_cast, rest, error)
     return Compressed(row, scale, vector, error, basis, finite)
 
 
-def _add(gradient: chex.ArrayTree, error: chex.ArrayTree | None) -> chex.ArrayTree:
-    if error is None:
-        return gradient
-    return jax.tree.map(lambda g, e: g + e.astype(g.dtype), gradient, error)
+def _total(
+    space: Space,
+    tree: chex.ArrayTree,
+    error: chex.ArrayTree | None,
+    accept: jax.Array,
+) -> chex.ArrayTree:
+    """Return the error plus the gradient, or the error alone if not `accept`.
 
-
-def _saturate(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Cast to `dtype`; what overflows becomes its largest number, NaN stays NaN.
-
-    An infinity in the error would make every later step non-finite.
+    A sum that overflows becomes the largest number.
     """
-    largest = float(jnp.finfo(dtype).max)
-    limit = min(largest, float(jnp.finfo(value.dtype).max))
-    return jnp.clip(value, -limit, limit).astype(dtype)
+    if error is None:
+        return jax.tree.map(lambda g: jnp.where(accept, g, 0), space.pack(tree))
+    error = jax.tree.map(lambda e: e.astype(space.layout.dtype), error)
+    return space.accumulate(tree, error, accept)
+
+
+def _cast(rest: jax.Array, error: jax.Array) -> jax.Array:
+    # An infinity in the error would make every later step non-finite.
+    return rest if rest.dtype == error.dtype else saturate(rest, error.dtype)
 
 
 def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:

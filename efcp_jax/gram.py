@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from efcp_jax._branch import overwrite
+
 
 def replace(
     gram: jax.Array, products: jax.Array, slot: jax.Array, accept: jax.Array
@@ -21,8 +23,14 @@ def replace(
     Returns:
         Array of the shape and dtype of `gram`.
     """
-    products = jnp.where(accept, products, gram[slot])
-    return gram.at[slot].set(products).at[:, slot].set(products)
+
+    def write(gram: jax.Array, products: jax.Array) -> jax.Array:
+        return gram.at[slot].set(products).at[:, slot].set(products)
+
+    def select(gram: jax.Array, products: jax.Array) -> jax.Array:
+        return write(gram, jnp.where(accept, products, gram[slot]))
+
+    return overwrite(accept, write, select, gram, products)
 
 
 def ages(size: int, slot: jax.Array) -> jax.Array:

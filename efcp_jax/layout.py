@@ -7,7 +7,7 @@ are those of the device's own shards. Everything here is static: a `Layout` is m
 anew from shapes each time a function is traced and never enters the state.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -17,6 +17,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+
+# Smaller runs of leaves than this many entries are not worth a kernel.
+_SMALLEST_RUN = 65_536
+
+# Into about how many runs the leaves are taken to be looked at.
+_PIECES = 32
 
 
 class Leaf(NamedTuple):
@@ -113,6 +120,38 @@ class Layout:
             return array
         return lax.all_gather(array, self.split, axis=axis, tiled=True)
 
+    def runs(self, parts: int) -> list[list[int]]:
+        """Return the indices of the leaves in runs of about one of `parts` of them all.
+
+        A leaf larger than that is a run by itself, so that it need not be copied to
+        stand beside others; small leaves are taken together, so that a large tree does
+        not become a large program.
+        """
+        limit = max(_SMALLEST_RUN, sum(leaf.size for leaf in self.leaves) // parts)
+        runs: list[list[int]] = []
+        room = 0
+        for index, leaf in enumerate(self.leaves):
+            if runs and leaf.size <= room:
+                runs[-1].append(index)
+                room -= leaf.size
+            else:
+                runs.append([index])
+                room = limit - leaf.size
+        return runs
+
+    def finite(self, tree: chex.ArrayTree) -> jax.Array:
+        """Return whether all entries of `tree` on this device are finite."""
+        # Zero times a number is zero, else NaN. A sum carries a NaN along, which the
+        # vectorised maximum of XLA need not, and takes no temporary.
+        zeros = [jnp.sum(0 * piece) for piece in self.pieces(tree)]
+        return sum(zeros, jnp.zeros((), self.dtype)) == 0
+
+    def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
+        """Yield the entries of `tree`, laid end to end, a run of leaves at a time."""
+        matrices = self.matrices(tree)
+        for run in self.runs(_PIECES):
+            yield jnp.concatenate([matrices[i].reshape(-1) for i in run])
+
     def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` as real matrices in the working dtype."""
         matrices = []
@@ -177,10 +216,14 @@ def _joined(
     }
 
 
+def saturate(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Cast to `dtype`; what overflows becomes its largest number, NaN stays NaN."""
+    limit = min(float(jnp.finfo(each).max) for each in (dtype, value.dtype))
+    return jnp.clip(value, -limit, limit).astype(dtype)
+
+
 def _cast(value: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Cast to `dtype`; what overflows a narrower float becomes its largest number."""
+    """Cast to `dtype`, within its range."""
     if jnp.issubdtype(dtype, jnp.floating) and dtype != value.dtype:
-        largest = float(jnp.finfo(dtype).max)
-        if largest < float(jnp.finfo(value.dtype).max):
-            value = jnp.clip(value, -largest, largest)
+        return saturate(value, dtype)
     return value.astype(dtype)

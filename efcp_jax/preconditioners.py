@@ -26,6 +26,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import _cholesky
+
 
 # The largest stored entry is below 2^2, so a sum of m rows with coefficients below the
 # largest number over 2^3 m is finite.
@@ -100,14 +102,15 @@ def _solve_unit_diagonal(
     """
     rhs = jnp.eye(matrix.shape[0], dtype=matrix.dtype)[slot]
     noise = _NOISE * jnp.finfo(matrix.dtype).eps
-    factor = jnp.linalg.cholesky(matrix)
+    # LAPACK wants columns contiguous. The transpose has that without a copy.
+    columns = matrix.T
+    factor = _cholesky.factorise(columns)
     # Squared pivots are the squared distances of each row from those before it.
-    sound = jnp.all(jnp.diagonal(factor) ** 2 > noise)  # False for NaN
-    factor = jnp.where(sound, factor, jnp.eye(rhs.shape[0], dtype=matrix.dtype))
-    solution = jax.scipy.linalg.cho_solve((factor, True), rhs)
+    sound = jnp.all(_cholesky.pivots(factor) ** 2 > noise)  # False for NaN
+    solution = _cholesky.solve(factor, rhs)
 
     def remedy(carry):
-        values, vectors = jnp.linalg.eigh(matrix)
+        values, vectors = jnp.linalg.eigh(columns)
         kept = values > noise * values[-1]
         # The null space of A is D times that of D A D. What e_j has in it is taken out
         # first, so that dependent rows are weighed by their norms, not all alike.

@@ -55,7 +55,7 @@ def compressed(
         del values
         layout = space.layout
         new = feedback.compress(
-            space, space.pack(updates), state.error, state.basis, scaled=not layout.axes
+            space, updates, state.error, state.basis, scaled=not layout.axes
         )
         accept = jnp.asarray(True)
         if skip_nonfinite:
@@ -127,7 +127,7 @@ def preconditioned(
         guarded = skip_nonfinite and not layout.axes
         new = feedback.compress(
             space,
-            space.pack(updates),
+            updates,
             state.error,
             state.basis,
             scaled=not layout.axes,
@@ -155,9 +155,8 @@ def preconditioned(
         )
         weights = jax.tree.map(lambda k: coefficients(k, window, slot, values), gram)
         weights = jax.tree.map(lambda w: jnp.where(accept, w, 0), weights)
-        update = space.combine(window.rows, weights)
         error = new.error if guarded else _select(accept, new.error, state.error)
-        return space.unpack(update), state_type(
+        return space.update(window.rows, weights), state_type(
             count=optax.safe_increment(state.count),
             skipped=_count_skipped(state.skipped, accept),
             error=error,

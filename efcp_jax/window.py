@@ -11,7 +11,9 @@ import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
+from efcp_jax._branch import overwrite
 from efcp_jax.compressors import ROW_AXIS, Space
 
 
@@ -58,25 +60,41 @@ def read(window: Window, slot: jax.Array) -> chex.ArrayTree:
 def insert(
     window: Window, row: chex.ArrayTree, scale: jax.Array, accept: jax.Array
 ) -> Window:
-    """Overwrite the oldest row, or return the window as it was if not `accept`.
-
-    The choice is a branch, so the window itself is updated in place.
-    """
+    """Overwrite the oldest row, or return the window as it was if not `accept`."""
     slot = window.slot
     size = window.scale.shape[0]
-
-    def write(rows: chex.ArrayTree) -> chex.ArrayTree:
-        overwrite = lambda old, new: lax.dynamic_update_index_in_dim(
-            old, new, slot, ROW_AXIS
-        )
-        return jax.tree.map(overwrite, rows, row)
-
     return Window(
-        rows=lax.cond(accept, write, lambda rows: rows, window.rows),
+        rows=jax.tree.map(
+            lambda old, new: _write(old, new, slot, accept), window.rows, row
+        ),
         scale=window.scale.at[slot].set(jnp.where(accept, scale, window.scale[slot])),
         slot=jnp.where(accept, (slot + 1) % size, slot),
         filled=jnp.where(accept, jnp.minimum(window.filled + 1, size), window.filled),
     )
+
+
+def _write(
+    rows: jax.Array, row: jax.Array, slot: jax.Array, accept: jax.Array
+) -> jax.Array:
+    """Return `rows` with `row` at `slot` if `accept`; in place if they are donated."""
+    write = lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, slot, ROW_AXIS)
+
+    def select(rows: jax.Array, row: jax.Array) -> jax.Array:
+        old = lax.dynamic_index_in_dim(rows, slot, ROW_AXIS, keepdims=False)
+        return write(rows, jnp.where(accept, row, old))
+
+    def write_bits(rows: jax.Array, row: jax.Array) -> jax.Array:
+        bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16)
+        return lax.bitcast_convert_type(write(bits(rows), bits(row)), rows.dtype)
+
+    # XLA on CPUs writes half precision by way of a float32 window, several times slower
+    # than as integers.
+    on_cpu = write_bits if _is_half(rows.dtype) else write
+    return overwrite(accept, on_cpu, select, rows, row)
+
+
+def _is_half(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
 
 
 def inner(space: Space, window: Window, row: chex.ArrayTree) -> chex.ArrayTree:

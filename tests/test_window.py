@@ -47,9 +47,7 @@ def history(name, accept=(True,) * STEPS):
     def insert_all(gradients, accept):
         def insert(carry, given):
             (before, basis), (gradient, accepted) = carry, given
-            new = feedback.compress(
-                space, space.pack(gradient), None, basis, scaled=True
-            )
+            new = feedback.compress(space, gradient, None, basis, scaled=True)
             products = windows.inner(space, before, new.row)
             after = windows.insert(before, new.row, new.scale, accepted)
             stored = [space.unpack(space.expand(windows.read(after, i))) for i in SLOTS]

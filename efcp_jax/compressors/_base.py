@@ -12,6 +12,7 @@ kinds of values:
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import chex
+import jax
 
 from efcp_jax.layout import Layout
 
@@ -52,8 +53,16 @@ class Space(Protocol):
         """Return the `PartitionSpec` of each array that `zeros` returns."""
         ...
 
-    def compress(self, vector: Vector, basis: Basis | None) -> tuple[Row, Basis | None]:
-        """Return the row that stands for `vector`, and the basis of the next call."""
+    def accumulate(
+        self, tree: chex.ArrayTree, vector: Vector, accept: jax.Array
+    ) -> Vector:
+        """Return `vector` plus the vector of `tree` if `accept`, within its range."""
+        ...
+
+    def compress(
+        self, vector: Vector, basis: Basis | None, factor: chex.Numeric = 1.0
+    ) -> tuple[Row, Basis | None]:
+        """Return the row that stands for `factor * vector`, and the next basis."""
         ...
 
     def expand(self, row: Row) -> Vector:
@@ -74,6 +83,10 @@ class Space(Protocol):
 
     def combine(self, window: Rows, coefficients: Gram) -> Vector:
         """Return the vector G^T w; the adjoint of `inner` on one device."""
+        ...
+
+    def update(self, window: Rows, coefficients: Gram) -> chex.ArrayTree:
+        """Return the tree of `combine`."""
         ...
 
     def grams(self, value: Any) -> Gram:

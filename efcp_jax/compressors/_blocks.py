@@ -5,6 +5,7 @@ zeros. On several devices, leaves held by different numbers of devices start at
 separate blocks, so that equal blocks stay equal on all devices that hold them.
 """
 
+from collections.abc import Callable
 import dataclasses
 
 import chex
@@ -14,13 +15,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from efcp_jax.layout import Layout
+from efcp_jax._branch import overwrite
+from efcp_jax.layout import Layout, saturate
 
 
 # On a mesh where some leaves are replicated, one block for everything would pad the
 # smallest group of leaves to the size of the largest. Blocks of this size bound the
 # padding and keep offsets in 16 bits.
 _MESH_BLOCK = 65_536
+
+# Above this, entries cannot be counted in the 32 bits of an index.
+LARGEST_INDEX = 2**31 - 1
+
+# Into about how many runs the leaves are taken to be filled with the update. Each is a
+# loop to compile, and what is copied unless it is a single leaf.
+_RUNS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,57 @@ class Blocks:
             start += count * self.size
         return self.layout.tree([matrices[i] for i in range(len(matrices))])
 
+    def accumulate(
+        self, tree: chex.ArrayTree, blocks: jax.Array, accept: jax.Array
+    ) -> jax.Array:
+        """Return `blocks` plus those of `tree` if `accept`, in place on one device."""
+
+        def add(blocks: jax.Array) -> jax.Array:
+            return saturate(blocks + self.pack(tree), blocks.dtype)
+
+        def add_in_place(blocks: jax.Array) -> jax.Array:
+            flat, start = blocks.reshape(-1), 0
+            # XLA updates a slice where it lies if it is read at the same place, which
+            # it can tell only while the place is not a constant.
+            zero = lax.optimization_barrier(jnp.int32(0))
+            for piece in self.layout.pieces(tree):
+                at = zero + start
+                old = lax.dynamic_slice_in_dim(flat, at, piece.size)
+                new = saturate(old + piece, flat.dtype)
+                flat = lax.dynamic_update_slice_in_dim(flat, new, at, axis=0)
+                start += piece.size
+            return flat.reshape(blocks.shape)
+
+        select = lambda blocks: jnp.where(accept, add(blocks), blocks)
+        if self.layout.axes or self.count * self.size > LARGEST_INDEX:
+            return select(blocks)
+        return overwrite(accept, add_in_place, select, blocks)
+
+    def tree(
+        self, entries: Callable[[int, int, jax.Array], jax.Array]
+    ) -> chex.ArrayTree:
+        """Return the tree whose leaves, laid end to end, are given by `entries`.
+
+        On one device. The entries are asked for in runs of leaves, one after the other,
+        so that never all of them are copied; a leaf that is a run by itself is not
+        copied at all. `entries(start, stop, zero)` gets a zero from which it has to
+        start, so that it cannot be run before the copies of the last run are made.
+        """
+        matrices: list[jax.Array] = []
+        start, zero = 0, jnp.zeros((), self.layout.dtype)
+        for run in self.layout.runs(_RUNS):
+            leaves = [self.layout.leaves[i] for i in run]
+            stop = start + sum(leaf.size for leaf in leaves)
+            ends = np.cumsum([leaf.size for leaf in leaves])
+            pieces = jnp.split(entries(start, stop, zero), ends[:-1])
+            zero = _zero_after(pieces)
+            matrices += [
+                piece.reshape(leaf.matrix_shape)
+                for piece, leaf in zip(pieces, leaves, strict=True)
+            ]
+            start = stop
+        return self.layout.tree(matrices)
+
     def share(self, blocks: jax.Array) -> jax.Array:
         """Weigh `blocks` so that a sum over all devices counts each entry once."""
         if self.weights is None:
@@ -112,3 +172,11 @@ class Blocks:
         weights = jnp.asarray(self.weights, self.layout.dtype)
         # With idle axes every device owns a different run of the weights.
         return self.layout.own(weights, axis=0)[:, None] * blocks
+
+
+def _zero_after(pieces: list[jax.Array]) -> jax.Array:
+    """Return a zero that can only be computed from all of `pieces`."""
+    # No compiler knows that the smallest of magnitudes and zero is zero ...
+    firsts = jnp.stack([piece[0] for piece in pieces if piece.size])
+    bits = lax.bitcast_convert_type(firsts, f"int{8 * firsts.dtype.itemsize}")
+    return jnp.minimum(jnp.min(bits & 1), 0).astype(firsts.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from efcp_jax import _validate
 from efcp_jax.compressors._blocks import Blocks
-from efcp_jax.layout import Layout
+from efcp_jax.layout import Layout, saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +87,18 @@ class IdentitySpace:
     def specs(self):  # noqa: D102
         return self.blocks.spec, self.blocks.spec, None
 
-    def compress(self, vector: jax.Array, basis: None):  # noqa: D102
+    def accumulate(self, tree, vector, accept):  # noqa: D102
+        return self.blocks.accumulate(tree, vector, accept)
+
+    def compress(self, vector: jax.Array, basis: None, factor: chex.Numeric = 1.0):  # noqa: D102
         del basis
-        return vector.astype(self.dtype), None
+        return (vector * factor).astype(self.dtype), None
 
     def expand(self, row: jax.Array) -> jax.Array:  # noqa: D102
         return row.astype(self.layout.dtype)
 
     def residual(self, vector: jax.Array, row: jax.Array, scale: jax.Array):  # noqa: D102
-        return vector - scale * self.expand(row)
+        return saturate(vector - scale * self.expand(row), vector.dtype)
 
     def inner(self, window: jax.Array, row: jax.Array) -> jax.Array:  # noqa: D102
         products = jnp.einsum(
@@ -114,6 +117,9 @@ class IdentitySpace:
             coefficients,
             precision=lax.Precision.HIGHEST,
         )
+
+    def update(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
+        return self.unpack(self.combine(window, coefficients))
 
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value

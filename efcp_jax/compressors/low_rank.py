@@ -12,7 +12,7 @@ import numpy as np
 
 from efcp_jax import _validate
 from efcp_jax.compressors._orthonormal import orthonormal
-from efcp_jax.layout import Layout, Routine, together
+from efcp_jax.layout import Layout, Routine, saturate, together
 
 
 class LowRankRow(NamedTuple):
@@ -222,8 +222,13 @@ class LowRankSpace:
         basis = self._tree([spec(() if a.whole else a.col_axes) for a in self.matrices])
         return vector, LowRankRow(left, right), basis
 
-    def compress(self, vector: chex.ArrayTree, basis: Any):  # noqa: D102
+    def accumulate(self, tree, vector, accept):  # noqa: D102
+        add = lambda e, g: saturate(e + jnp.where(accept, g, 0), e.dtype)
+        return jax.tree.map(add, vector, self.pack(tree))
+
+    def compress(self, vector: Any, basis: Any, factor: chex.Numeric = 1.0):  # noqa: D102
         def factors(matrix: Matrix, value, start) -> Routine:
+            value = value * factor
             if matrix.whole:
                 return jnp.ones((1, 1), self.dtype), value.T.astype(self.dtype), start
             fresh = _random(matrix, start.dtype)
@@ -254,7 +259,7 @@ class LowRankSpace:
         return self._tree(self._map(product, row.left, row.right))
 
     def residual(self, vector: chex.ArrayTree, row: LowRankRow, scale: jax.Array):  # noqa: D102
-        subtract = lambda a, c: a - scale * c
+        subtract = lambda a, c: saturate(a - scale * c, a.dtype)
         return jax.tree.map(subtract, vector, self.expand(row))
 
     def inner(self, window: LowRankRow, row: LowRankRow):  # noqa: D102
@@ -298,6 +303,9 @@ class LowRankSpace:
             coefficients = self._tree([coefficients] * len(self.matrices))
         values = self._map(leaf_combine, window.left, window.right, coefficients)
         return self._tree(values)
+
+    def update(self, window: LowRankRow, coefficients):  # noqa: D102
+        return self.unpack(self.combine(window, coefficients))
 
     def grams(self, value: jax.Array) -> chex.ArrayTree:  # noqa: D102
         if not self.block_diagonal:

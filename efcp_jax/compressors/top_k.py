@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-import math
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -12,18 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.compressors._blocks import Blocks
+from efcp_jax.compressors._blocks import LARGEST_INDEX, Blocks
+from efcp_jax.compressors._selection import largest
 from efcp_jax.layout import Layout
 
 
-# Below this size of a group the selection in two levels does not pay.
-_SMALLEST_GROUP = 8
-
-# Entries of the window processed at a time. On CPUs a loop round takes about as long as
-# a thousand entries; on accelerators a chunk must fill the device, and temporaries of
-# its size stay small against memory.
-_CPU_CHUNK = 4096
-_ACCELERATOR_CHUNK = 1 << 24
+# Entries of the window processed at a time. On CPUs what a chunk touches should stay in
+# the cache, and a loop round takes as long as a few thousand entries; on accelerators a
+# chunk must fill the device, and temporaries of its size stay small against memory.
+_CPU_INNER = 1 << 15
+_CPU_COMBINE = 1 << 12
+_ACCELERATOR = 1 << 24
 
 
 class SparseRow(NamedTuple):
@@ -161,19 +160,20 @@ class SparseSpace:
         spec: Any = self.blocks.spec
         return spec, SparseRow(spec, spec), None
 
-    def compress(self, vector: jax.Array, basis: None):  # noqa: D102
+    def accumulate(self, tree, vector, accept):  # noqa: D102
+        return self.blocks.accumulate(tree, vector, accept)
+
+    def compress(self, vector: jax.Array, basis: None, factor: chex.Numeric = 1.0):  # noqa: D102
         del basis
+        # The same entries are largest whatever the factor.
         offsets = largest(vector, self.kept)
-        values = jnp.take_along_axis(vector, offsets, axis=1)
+        values = jnp.take_along_axis(vector, offsets, axis=1) * factor
         offsets = offsets.astype(offset_dtype(self.blocks.size))
         return SparseRow(values.astype(self.dtype), offsets), None
 
     def expand(self, row: SparseRow) -> jax.Array:  # noqa: D102
-        block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
-        vector = jnp.zeros((self.blocks.count, self.blocks.size), self.layout.dtype)
-        return vector.at[block, row.offsets.astype(jnp.int32)].set(
-            row.values.astype(vector.dtype), unique_indices=True
-        )
+        values = row.values.astype(self.layout.dtype)
+        return _scatter_add(self.blocks.size, row.offsets, values)
 
     def residual(self, vector: jax.Array, row: SparseRow, scale: jax.Array):  # noqa: D102
         # k entries a block change, so the vector is updated where it lies.
@@ -184,129 +184,170 @@ class SparseSpace:
 
     def inner(self, window: SparseRow, row: SparseRow) -> jax.Array:  # noqa: D102
         dtype, size = self.layout.dtype, self.blocks.size
-        values = self.blocks.share(row.values.astype(dtype))
+        weighed = SparseRow(self.blocks.share(row.values.astype(dtype)), row.offsets)
 
-        def add(total: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
-            part = _blocks_at(window, start, chunk)
-            at = lambda leaf: lax.dynamic_slice_in_dim(leaf, start, chunk)
-            vector = _scatter_add(size, at(row.offsets)[:, None], at(values)[:, None])
-            products = part.values.astype(dtype) * _gather(vector, part.offsets)
-            return total + jnp.sum(products, axis=(0, 2))
+        def products(start: Any, chunk: int) -> jax.Array:
+            part, newest = (
+                _blocks_at(window, start, chunk),
+                _slice(weighed, start, chunk),
+            )
+            vector = _scatter_add(size, newest.offsets, newest.values)
+            return part.values.astype(dtype) * _gather(vector, part.offsets)
 
-        zeros = jnp.zeros(window.values.shape[1], dtype)
-        return _sweep(window, zeros, add)
+        count, rows, kept = window.values.shape
+
+        def on_cpu() -> jax.Array:
+            # Sums of whole chunks entry by entry are vectorised; a sum along a row
+            # would wait for each addition.
+            chunk = _chunk(window, _CPU_INNER)
+            add = lambda total, start, chunk: total + products(start, chunk)
+            whole = count // chunk * chunk
+            zeros = jnp.zeros((chunk, rows, kept), dtype)
+            total = jnp.sum(_sweep(whole, chunk, zeros, add), axis=(0, 2))
+            if whole < count:
+                total += jnp.sum(products(whole, count - whole), axis=(0, 2))
+            return total
+
+        def elsewhere() -> jax.Array:
+            add = lambda total, start, chunk: (
+                total + jnp.sum(products(start, chunk), axis=(0, 2))
+            )
+            chunk = _chunk(window, _ACCELERATOR)
+            return _sweep(count, chunk, jnp.zeros(rows, dtype), add)
+
+        return lax.platform_dependent(cpu=on_cpu, default=elsewhere)
 
     def combine(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
-        dtype = coefficients.dtype
+        sums, count = self._sums(window, coefficients), self.blocks.count
+        zeros = jnp.zeros((count, self.blocks.size), coefficients.dtype)
 
-        def write(vector: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
-            part = _blocks_at(window, start, chunk)
-            entries = part.values.astype(dtype) * coefficients[:, None]
-            summed = _scatter_add(self.blocks.size, part.offsets, entries)
-            return lax.dynamic_update_slice_in_dim(vector, summed, start, axis=0)
+        def write(vector: jax.Array, start: Any, chunk: int) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(vector, sums(start, chunk), start, 0)
 
-        zeros = jnp.zeros((self.blocks.count, self.blocks.size), dtype)
-        return _sweep(window, zeros, write)
+        return _per_platform(
+            lambda entries: _sweep(count, _chunk(window, entries), zeros, write)
+        )
+
+    def update(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
+        if self.layout.axes or self.blocks.count * self.blocks.size > LARGEST_INDEX:
+            return self.unpack(self.combine(window, coefficients))
+        sums = self._sums(window, coefficients)
+        return self.blocks.tree(functools.partial(self._entries, window, sums))
+
+    def _sums(self, window: SparseRow, coefficients: jax.Array) -> Callable[..., Any]:
+        """Return `sums(first block, number of blocks)`, those blocks of `combine`."""
+        flat = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), window)
+        # One coefficient for every entry of a block, so that a block is flat.
+        each = jnp.repeat(coefficients, window.values.shape[2])
+
+        def sums(start: Any, chunk: int) -> jax.Array:
+            part = _blocks_at(flat, start, chunk)
+            entries = part.values.astype(each.dtype) * each
+            return _scatter_add(self.blocks.size, part.offsets, entries)
+
+        return sums
+
+    def _entries(
+        self,
+        window: SparseRow,
+        sums: Callable[..., Any],
+        start: int,
+        stop: int,
+        zero: jax.Array,
+    ) -> jax.Array:
+        """Return the entries `start` to `stop` of `combine`, laid end to end."""
+        size = self.blocks.size
+        # The blocks that lie between start and stop as a whole; parts of the block
+        # before them and of the one behind may be left.
+        first, last = -(-start // size), stop // size
+        if first > last:
+            return zero + sums(last, 1)[0, start - last * size : stop - last * size]
+
+        def write(out: jax.Array, block: Any, chunk: int) -> jax.Array:
+            summed = sums(first + block, chunk).reshape(-1)
+            at = (first + block) * size - start
+            return lax.dynamic_update_slice_in_dim(out, summed, at, 0)
+
+        out = jnp.full(stop - start, zero)
+        if start < first * size:
+            out = out.at[: first * size - start].set(
+                sums(first - 1, 1)[0, start - first * size :]
+            )
+        if last * size < stop:
+            out = out.at[last * size - start :].set(
+                sums(last, 1)[0, : stop - last * size]
+            )
+        if first == last:
+            return out
+        return _per_platform(
+            lambda entries: _sweep(last - first, _chunk(window, entries), out, write)
+        )
 
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
 
 
-def largest(vector: jax.Array, kept: int) -> jax.Array:
-    """Return the offsets of the `kept` entries of largest magnitude of every row.
+def _chunk(window: SparseRow, entries: int) -> int:
+    """Return how many blocks of `window` have about `entries` entries."""
+    count, rows, kept = window.values.shape
+    return min(count, max(1, entries // (rows * kept)))
 
-    Among equal magnitudes the first come first, as in `lax.top_k`. The entries that are
-    kept lie in the `kept` groups of largest maximum: each of those groups has an entry
-    that comes before all entries of the other groups. So two selections, among the
-    maxima of groups and among the entries of the groups kept, replace one among all
-    entries.
 
-    Args:
-        vector: Shape `(blocks, size)`.
-        kept: Number of entries kept of each block.
-
-    Returns:
-        Array of shape `(blocks, kept)`, int32.
-    """
-    count, size = vector.shape
-    # A power of two near the root of size / kept makes both selections small.
-    group = 2 ** max(0, round(math.log2(size / kept) / 2))
-    if group < _SMALLEST_GROUP:
-        return lax.top_k(jnp.abs(vector), kept)[1]
-    groups = -(-size // group)
-    padded = jnp.pad(vector, [(0, 0), (0, groups * group - size)])
-    # Bits of a magnitude order like the magnitude, and integers reduce several times
-    # faster than floats, whose maximum has to look for NaN.
-    bits = lax.bitcast_convert_type(jnp.abs(padded), f"int{8 * vector.dtype.itemsize}")
-    peaks = jnp.max(bits.reshape(count, groups, group), axis=2)
-    peaks = lax.bitcast_convert_type(peaks, vector.dtype)
-    _, chosen = lax.top_k(peaks, kept)
-    first = jnp.sort(chosen, axis=1)[:, :, None] * group
-    offsets = (first + jnp.arange(group, dtype=jnp.int32)).reshape(count, -1)
-    # The padding of the last group loses to every entry, even to zeros.
-    entries = jnp.take_along_axis(
-        jnp.abs(vector), offsets, axis=1, mode="fill", fill_value=-1
+def _per_platform(fold: Callable[[int], jax.Array]) -> jax.Array:
+    """Return `fold(entries a chunk)` for the platform that runs it."""
+    return lax.platform_dependent(
+        cpu=lambda: fold(_CPU_COMBINE), default=lambda: fold(_ACCELERATOR)
     )
-    _, places = lax.top_k(entries, kept)
-    return jnp.take_along_axis(offsets, places, axis=1)
 
 
 def _sweep(
-    window: SparseRow,
+    count: int,
+    chunk: int,
     start: jax.Array,
-    step: Callable[[jax.Array, jax.Array, int], jax.Array],
+    step: Callable[[jax.Array, Any, int], jax.Array],
 ) -> jax.Array:
-    """Fold `step(carry, first block, number of blocks)` over the blocks of `window`.
-
-    On a CPU one block at a time, or a few small ones, so that what a chunk touches
-    stays in the cache and temporaries are of the size of a chunk. Accelerators take
-    chunks large enough to keep them busy.
-    """
-    count, rows, kept = window.values.shape
-
-    def fold(chunk: int) -> jax.Array:
-        whole = count // chunk
-        body = lambda i, carry: step(carry, i * chunk, chunk)
-        carry = lax.fori_loop(0, whole, body, start)
-        if count % chunk:
-            carry = step(carry, jnp.int32(whole * chunk), count % chunk)
-        return carry
-
-    chunk = lambda entries: min(count, max(1, entries // (rows * kept)))
-    small, large = chunk(_CPU_CHUNK), chunk(_ACCELERATOR_CHUNK)
-    if small == large:
-        return fold(small)
-    return lax.platform_dependent(cpu=lambda: fold(small), default=lambda: fold(large))
+    """Fold `step(carry, first block, number of blocks)` over `count` blocks."""
+    chunk = min(chunk, count)
+    whole = count // chunk
+    carry = lax.fori_loop(
+        0, whole, lambda i, carry: step(carry, i * chunk, chunk), start
+    )
+    if count % chunk:
+        carry = step(carry, whole * chunk, count % chunk)
+    return carry
 
 
-def _blocks_at(window: SparseRow, start: jax.Array, chunk: int) -> SparseRow:
+def _slice(tree: chex.ArrayTree, start: Any, chunk: int) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, chunk), tree)
+
+
+def _blocks_at(window: SparseRow, start: Any, chunk: int) -> SparseRow:
     """Return `chunk` blocks of every array of `window`."""
     # XLA on CPUs slices bfloat16 by way of float32. Without a barrier that depends on
     # the round it would hoist the conversion out of the loop: a float32 window.
-    return jax.tree.map(
-        lambda leaf: lax.dynamic_slice_in_dim(
-            lax.optimization_barrier((leaf, start))[0], start, chunk
-        ),
-        window,
-    )
+    window, _ = lax.optimization_barrier((window, start))
+    return _slice(window, start, chunk)
 
 
 def _gather(vector: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return the entries of `vector`, `(c, size)`, at `offsets`, `(c, m, k)`."""
-    offsets = offsets.astype(jnp.uint32)
-    take = lambda entries, index: entries.at[index].get(mode="promise_in_bounds")
-    if vector.shape[0] == 1:  # one block at a time: no index for the block
-        return take(vector[0], offsets[0])[None]
-    return jax.vmap(take)(vector, offsets)
+    index = _positions(vector.shape[1], offsets)
+    return vector.reshape(-1).at[index].get(mode="promise_in_bounds")
 
 
 def _scatter_add(size: int, offsets: jax.Array, entries: jax.Array) -> jax.Array:
-    """Return the sums of `entries`, `(c, m, k)`, by `offsets`; shape `(c, size)`."""
-    chunk = entries.shape[0]
-    offsets = offsets.astype(jnp.uint32).reshape(chunk, -1)
-    entries = entries.reshape(chunk, -1)
-    zeros = jnp.zeros(size, entries.dtype)
-    add = lambda index, each: zeros.at[index].add(each, mode="promise_in_bounds")
-    if chunk == 1:
-        return add(offsets[0], entries[0])[None]
-    return jax.vmap(add)(offsets, entries)
+    """Return the sums of `entries`, `(c, n)`, by `offsets`; shape `(c, size)`."""
+    zeros = jnp.zeros(len(entries) * size, entries.dtype)
+    index = _positions(size, offsets).reshape(-1)
+    summed = zeros.at[index].add(entries.reshape(-1), mode="promise_in_bounds")
+    return summed.reshape(-1, size)
+
+
+def _positions(size: int, offsets: jax.Array) -> jax.Array:
+    """Return `offsets`, `(c, ...)`, counted from the first of the c blocks."""
+    # Unsigned, so that indexing does not look for negative numbers.
+    offsets = offsets.astype(jnp.uint32)
+    if len(offsets) == 1:
+        return offsets
+    first = jnp.arange(len(offsets), dtype=jnp.uint32) * size
+    return offsets + first.reshape(-1, *[1] * (offsets.ndim - 1))

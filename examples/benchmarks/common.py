@@ -49,9 +49,9 @@ def interleaved(calls, runs):
     return {name: float(np.median(each)) for name, each in times.items()}
 
 
-def compiled_step(tx, params, gradient):
+def compiled_step(tx, params, gradient, fill=lambda state: state):
     """Return a call that makes one donated step, and the state and temporary bytes."""
-    state = tx.init(params)
+    state = fill(tx.init(params))
     step = jax.jit(tx.update, donate_argnums=1)
     compiled = step.lower(gradient, state, params).compile()
     size = bytes_of(state)

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import optax
 
 import efcp_jax
-from efcp_jax import feedback, placement
+from efcp_jax import placement
 from efcp_jax.preconditioners import mfac_coefficients
 
 
@@ -29,35 +29,58 @@ def compressor(density, block_size):
     return efcp_jax.top_k(density, block_size=block_size, value_dtype=jnp.bfloat16)
 
 
+def filled(state, block_size):
+    """Return the sparse `state` with a full window of rows that are nearly orthogonal.
+
+    Offsets differ, as they do in training: additions to one place would wait for each
+    other.
+    """
+    rows, window_size = state.window.rows, len(state.gram)
+    kept = rows.offsets.shape[2]
+    step = block_size // kept
+    shift = jax.random.randint(jax.random.key(1), rows.offsets.shape, 0, step)
+    offsets = (step * jnp.arange(kept) + shift).astype(rows.offsets.dtype)
+    rows = rows._replace(values=common.random_like(rows.values), offsets=offsets)
+    window = state.window._replace(
+        rows=rows,
+        scale=jnp.ones_like(state.window.scale),
+        filled=jnp.int32(window_size),
+    )
+    gram = kept * len(rows.offsets) * jnp.eye(window_size)
+    return state._replace(window=window, gram=gram)
+
+
 def stages(tx, space, params, gradient, window_size):
     """Return a call for every stage of the sparse step, each compiled by itself."""
-    state = tx.init(params)
-    rows = common.random_like(state.window.rows.values)
-    shape = state.window.rows.offsets.shape
-    offsets = jax.random.randint(jax.random.key(1), shape, 0, space.blocks.size)
-    rows = state.window.rows._replace(
-        values=rows, offsets=offsets.astype(state.window.rows.offsets.dtype)
-    )
-    vector = jax.jit(space.pack)(gradient)
-    row, _ = jax.jit(lambda v: space.compress(v, None))(vector)
+    rows = filled(tx.init(params), space.blocks.size).window.rows
+    # A vector for each stage that overwrites its own.
+    vectors = [jax.jit(space.pack)(gradient) for _ in range(3)]
+    row, _ = jax.jit(lambda v: space.compress(v, None))(vectors[0])
     weights, slot = jnp.ones(window_size), jnp.int32(0)
     gram = jnp.eye(window_size)
-    compress = jax.jit(
-        lambda v, e: feedback.compress(space, v, e, None, scaled=True, guarded=True)[:2]
-    )
+
+    def overwriting(function, index):
+        compiled = jax.jit(function, donate_argnums=0)
+
+        def call():
+            vectors[index] = compiled(vectors[index])
+            return vectors[index]
+
+        return call
+
+    accumulate = lambda v: space.accumulate(gradient, v, space.layout.finite(gradient))
     select = jax.jit(lambda v: space.compress(v, None)[0])
-    pack = jax.jit(space.pack)
-    inner, combine = jax.jit(space.inner), jax.jit(space.combine)
+    inner, update = jax.jit(space.inner), jax.jit(space.update)
     solve = jax.jit(
         lambda k, s: mfac_coefficients(k, s, slot, jnp.float32(1e-2), window_size)
     )
     return {
-        "pack": lambda: pack(gradient),
-        "select": lambda: select(vector),
-        "compress": lambda: compress(vector, state.error),
+        "accumulate": overwriting(accumulate, 0),
+        "select": lambda: select(vectors[1]),
+        "residual": overwriting(lambda v: space.residual(v, row, jnp.float32(1)), 2),
         "inner": lambda: inner(rows, row),
         "solve": lambda: solve(gram, weights),
-        "combine": lambda: combine(rows, weights),
+        "combine": lambda: update(rows, weights),
     }
 
 
@@ -76,9 +99,10 @@ def measure(size, window_size, density, rank, block_size, runs, speed):
     if 4 * size * window_size <= DENSE_LIMIT:
         optimizers["dense M-FAC"] = mfac(window_size)
     calls, held, temporary = {}, {}, {}
+    fill = {"sparse M-FAC": lambda state: filled(state, min(block_size, size))}
     for name, tx in optimizers.items():
         calls[name], held[name], temporary[name] = common.compiled_step(
-            tx, params, gradient
+            tx, params, gradient, fill.get(name, lambda state: state)
         )
     try:
         import published

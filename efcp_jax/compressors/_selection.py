@@ -1,0 +1,172 @@
+"""The entries of largest magnitude of every row of an array, by bisection on bits.
+
+A comparison sort of each row would take ten times as long and run on one core of a
+CPU. Here everything is a comparison, a count or a gather of whole arrays, which XLA
+vectorises, spreads over cores and fuses, on every platform.
+
+A threshold that the k largest reach is found bit by bit; the positions of the entries
+that reach it are read off a bit mask by counting set bits. Two levels, first among the
+maxima of groups and then among the entries of the groups that are left, make most of
+the counting small.
+"""
+
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+
+# Below this size of a group the first level does not pay.
+_SMALLEST_GROUP = 4
+
+# Groups kept above the number of entries kept: room that lets the search for a
+# threshold among the maxima end early.
+_SLACK = 1.25
+
+# Bits of a word of a mask, and entries counted together first: XLA on CPUs fuses what
+# it reduces into sums of so few.
+_WORD = 32
+
+
+def largest(vector: jax.Array, kept: int) -> jax.Array:
+    """Return the offsets of the `kept` entries of largest magnitude of every row.
+
+    Among equal magnitudes the first come first, so the set is that of `lax.top_k`.
+
+    The entries that are kept lie in the `kept` groups of largest maximum: each of those
+    groups has an entry that comes before all entries of the other groups.
+
+    Args:
+        vector: Shape `(rows, size)`.
+        kept: Number of entries kept of each row, in [1, size].
+
+    Returns:
+        Array of shape `(rows, kept)`, int32, ascending.
+    """
+    count, size = vector.shape
+    if kept == size:
+        return jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (count, size))
+    bits = _magnitudes(vector)
+    # A power of two near the root of size / kept makes both levels small.
+    group = 2 ** max(0, round(math.log2(size / kept) / 2))
+    if group < _SMALLEST_GROUP:
+        return _positions(bits, kept, kept)
+    groups = -(-size // group)
+    bits = jnp.pad(bits, [(0, 0), (0, groups * group - size)], constant_values=-1)
+    bits = bits.reshape(count, groups, group)
+    room = min(groups, max(kept + 1, round(_SLACK * kept)))
+    chosen = _positions(jnp.max(bits, axis=2), kept, room)
+    take = lambda entries, index: entries.at[index].get(mode="fill", fill_value=-1)
+    candidates = jax.vmap(take)(bits, chosen).reshape(count, room * group)
+    places = _positions(candidates, kept, kept)
+    first = jnp.take_along_axis(chosen, places // group, axis=1)
+    return first * group + places % group
+
+
+def _magnitudes(x: jax.Array) -> jax.Array:
+    """Return integers that order like the magnitudes of `x`.
+
+    Without its sign, the bit pattern of a float orders like its magnitude: infinity
+    above all numbers and NaN above infinity.
+    """
+    dtype = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    return lax.bitcast_convert_type(x, dtype) & jnp.iinfo(dtype).max
+
+
+def _positions(bits: jax.Array, least: int, most: int) -> jax.Array:
+    """Return positions of at least the `least` largest entries of every row.
+
+    Among equal entries the first come first. Positions ascend; those behind the last
+    are at least the size of a row.
+
+    Args:
+        bits: Whole numbers, shape `(rows, size)`; negative ones are never among them.
+        least: How many entries must be among them.
+        most: How many positions are returned.
+
+    Returns:
+        Array of shape `(rows, most)`, int32.
+    """
+    missing = -bits.shape[1] % _WORD
+    bits = jnp.pad(bits, [(0, 0), (0, missing)], constant_values=-1)
+    threshold = _threshold(bits, least, most)[:, None]
+    above, equal = bits > threshold, bits == threshold
+    # Of the entries at the threshold as many as there is room for, from the first.
+    left = most - _count(above, axis=1)[:, None]
+    last = _nth(_words(equal), left - 1)
+    index = jnp.arange(bits.shape[1], dtype=jnp.int32)
+    slots = jnp.broadcast_to(jnp.arange(most, dtype=jnp.int32), (bits.shape[0], most))
+    return _nth(_words(above | (equal & (index <= last))), slots)
+
+
+def _threshold(bits: jax.Array, least: int, most: int) -> jax.Array:
+    """Return for every row a number that at least `least` of its entries reach.
+
+    No more than `most` reach it, if there is such a number; else it is the `least`-th
+    largest entry.
+    """
+    rows, width = bits.shape[0], 8 * bits.dtype.itemsize - 1
+
+    def halve(carry):
+        place, low, reached = carry
+        middle = low | (jnp.ones((), bits.dtype) << place.astype(bits.dtype))
+        words = bits.reshape(rows, -1, _WORD) >= middle[:, None, None]
+        count = _count(_count(words, axis=2), axis=1)
+        enough = count >= least
+        low = jnp.where(enough, middle, low)
+        return place - 1, low, jnp.where(enough, count, reached)
+
+    start = (
+        jnp.int32(width - 1),
+        jnp.zeros(rows, bits.dtype),
+        jnp.full(rows, bits.shape[1], jnp.int32),
+    )
+
+    def until_found() -> jax.Array:
+        searching = lambda carry: (carry[0] >= 0) & jnp.any(carry[2] > most)
+        return lax.while_loop(searching, halve, start)[1]
+
+    def to_the_last_bit() -> jax.Array:
+        return lax.fori_loop(0, width, lambda _, carry: halve(carry), start)[1]
+
+    # To end early, an accelerator would have to report to the host.
+    return lax.platform_dependent(cpu=until_found, default=to_the_last_bit)
+
+
+def _count(x: jax.Array, axis: int) -> jax.Array:
+    return jnp.sum(x, axis, dtype=jnp.int32)
+
+
+def _words(mask: jax.Array) -> jax.Array:
+    """Return the rows of `mask` in words, the first entry in the lowest bit."""
+    lanes = jnp.arange(_WORD, dtype=jnp.uint32)
+    return jnp.sum(
+        mask.reshape(len(mask), -1, _WORD).astype(jnp.uint32) << lanes,
+        axis=2,
+        dtype=jnp.uint32,
+    )
+
+
+def _nth(words: jax.Array, rank: jax.Array) -> jax.Array:
+    """Return the position of the set bit number `rank`, from 0, of every row.
+
+    At least the number of bits of a row where that many bits are not set.
+    """
+    set_bits = lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(set_bits, axis=1, dtype=jnp.int32)
+    method = "compare_all" if words.shape[1] <= 64 else "scan"
+    word = jax.vmap(
+        lambda end, r: jnp.searchsorted(end, r, side="right", method=method)
+    )(ends, rank).astype(jnp.int32)
+    take = lambda array: jnp.take_along_axis(array, word, axis=1, mode="clip")
+    rest, rank = take(words), rank - take(ends - set_bits)
+    place = jnp.zeros_like(rank)
+    for step in (16, 8, 4, 2, 1):
+        low = rest & jnp.uint32(2**step - 1)
+        below = lax.population_count(low).astype(jnp.int32)
+        ahead = rank >= below
+        rank = jnp.where(ahead, rank - below, rank)
+        rest = jnp.where(ahead, rest >> step, low)
+        place = place + jnp.where(ahead, step, 0)
+    return word * _WORD + place
