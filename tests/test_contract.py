@@ -201,6 +201,22 @@ def test_inject_hyperparams_needs_no_static_args_for_the_defaults(name):
     aliases.assert_close(updates, expected)
 
 
+@pytest.mark.parametrize("name", ["scale_by_mfac", "scale_by_ggt"])
+def test_inject_hyperparams_passes_a_compressor_on_as_it_is(name):
+    factory, compressor = getattr(efcp_jax, name), efcp_jax.top_k(0.25)
+    wrapped = optax.inject_hyperparams(factory, static_args=("window_size",))(
+        window_size=aliases.WINDOW, compressor=compressor
+    )
+    params = aliases.params()
+    each = aliases.gradients(params)
+    updates, state = aliases.run(wrapped, params, each)
+    plain = factory(aliases.WINDOW, compressor=compressor)
+    expected, inner = aliases.run(plain, params, each)
+    aliases.assert_close(updates, expected)
+    aliases.assert_close(state.inner_state, inner)
+    assert set(state.hyperparams) <= {"damping", "eps", "b1", "b2"}
+
+
 @every_alias
 def test_a_traced_structural_argument_names_itself_and_the_remedy(name):
     factory = getattr(efcp_jax, name)

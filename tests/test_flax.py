@@ -85,6 +85,34 @@ def test_nnx_optimizer_equals_the_plain_loop(name):
 
 
 @every_alias
+def test_nnx_optimizers_made_by_vmap_and_run_by_scan_equal_the_plain_loop(name):
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_both(seed):
+        del seed
+        model = Model()
+        return model, nnx.Optimizer(model, make(name), wrt=nnx.Param)
+
+    @nnx.vmap
+    def train_both(model, optimizer):
+        @nnx.scan(in_axes=nnx.Carry, out_axes=nnx.Carry, length=STEPS)
+        def steps(carry):
+            model, optimizer = carry
+            gradient = nnx.grad(
+                lambda m: loss({"bias": m.bias[...], "kernel": m.kernel[...]})
+            )(model)
+            optimizer.update(model, gradient)
+            return model, optimizer
+
+        steps((model, optimizer))
+
+    model, optimizer = make_both(jnp.arange(2))
+    nnx.jit(train_both)(model, optimizer)
+    for member in range(2):
+        result = {"bias": model.bias[member], "kernel": model.kernel[member]}
+        aliases.assert_close(jax.device_get(result), expected(name))
+
+
+@every_alias
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_nnx_optimizer_with_sharded_params_equals_one_device(name, kind):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))

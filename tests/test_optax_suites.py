@@ -8,6 +8,7 @@ here or is named below with the reason.
 import functools
 from typing import Any
 
+import aliases
 import jax
 import optax
 import optax_suites
@@ -57,23 +58,15 @@ if optax_suites.VERSION < (0, 2, 8):
         " gradients, `optax.sgd` too."
     )
 
-# Four rows keep tens of thousands of steps quick. Structure is bound here and not
-# passed on: `inject_hyperparams` makes a tracer of every number it is given, which a
-# size cannot be.
-_STRUCTURE = {
-    "mfac": {},
-    "sparse_mfac": {"density": 0.5},
-    "low_rank_mfac": {"rank": 1},
-    "ggt": {},
-    "sparse_ggt": {"density": 0.5},
-    "low_rank_ggt": {"rank": 1},
-}
-
 
 def _small(name: str):
-    alias = functools.partial(
-        getattr(efcp_jax, name), window_size=4, **_STRUCTURE[name]
-    )
+    # Four rows keep tens of thousands of steps quick. Structure is bound here and not
+    # passed on: `inject_hyperparams` makes a tracer of every number it is given, which
+    # a size cannot be.
+    structure = {**aliases.STRUCTURE[name], "window_size": 4}
+    if "density" in structure:
+        structure["density"] = 0.5  # of two or three entries
+    alias = functools.partial(getattr(efcp_jax, name), **structure)
     if name.endswith("mfac"):
 
         def mfac(learning_rate: optax.ScalarOrSchedule, damping=1e-2):
@@ -87,7 +80,7 @@ def _small(name: str):
     return ggt
 
 
-FACTORIES = {name: _small(name) for name in _STRUCTURE}
+FACTORIES = {name: _small(name) for name in aliases.STRUCTURE}
 
 # Constant learning rates at which both families solve all of the suites' problems,
 # whose curvature goes from 0.4 to 1000.
@@ -97,7 +90,7 @@ HYPERPARAMETERS = {
         if name.endswith("mfac")
         else {"learning_rate": 1e-2, "eps": 5.0}
     )
-    for name in _STRUCTURE
+    for name in aliases.STRUCTURE
 }
 TRANSFORMS = {
     "scale_by_mfac": efcp_jax.scale_by_mfac,
