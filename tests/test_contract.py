@@ -1,8 +1,5 @@
 """What Optax's users may expect of an optimizer: trees and wrappers."""
 
-import ast
-import pathlib
-
 import aliases
 import jax
 import jax.numpy as jnp
@@ -250,20 +247,3 @@ def test_a_schedule_is_announced_by_optax_own_annotation(name):
     for argument in (*aliases.hyperparameters(name), "momentum", "weight_decay"):
         kind = annotations[argument]
         assert kind == optax.ScalarOrSchedule or kind == optax.ScalarOrSchedule | None
-
-
-def test_only_public_names_of_other_packages_are_imported():
-    package = pathlib.Path(efcp_jax.__file__).parent
-    files = sorted(package.rglob("*.py"))
-    assert len(files) > 10
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{name}" for name in names]
-                assert node.module != "__future__"
-            elif not isinstance(node, ast.Import):
-                continue
-            for name in names:
-                private = [part for part in name.split(".") if part.startswith("_")]
-                assert name.startswith("efcp_jax") or not private, (path, name)
