@@ -21,9 +21,9 @@ STEPS = 3
 BLOCK = 8
 
 
-def params():
+def params(seed=0):
     """Return parameters whose shards on four devices are whole blocks."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(seed)
     shapes = {"bias": (4 * BLOCK,), "kernel": (4, BLOCK)}
     return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
 
@@ -44,9 +44,9 @@ def jitted(name):
 
 
 @functools.cache
-def expected(name):
+def expected(name, seed=0):
     """Return the parameters after a few steps without Flax and on one device."""
-    tree = params()
+    tree = params(seed)
     state = make(name).init(tree)
     for _ in range(STEPS):
         updates, state = jitted(name)(jax.grad(loss)(tree), state, tree)
@@ -55,8 +55,8 @@ def expected(name):
 
 
 class Model(nnx.Module):
-    def __init__(self, sharding=None):
-        for key, value in params().items():
+    def __init__(self, tree, sharding=None):
+        for key, value in tree.items():
             if sharding is not None:
                 # Flax has had several names for this metadata.
                 placed = jax.device_put(value, sharding)
@@ -81,15 +81,16 @@ def train(model, tx):
 
 @every_alias
 def test_nnx_optimizer_equals_the_plain_loop(name):
-    aliases.assert_close(jax.device_get(train(Model(), make(name))), expected(name))
+    aliases.assert_close(
+        jax.device_get(train(Model(params()), make(name))), expected(name)
+    )
 
 
 @every_alias
 def test_nnx_optimizers_made_by_vmap_and_run_by_scan_equal_the_plain_loop(name):
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make_both(seed):
-        del seed
-        model = Model()
+    @nnx.vmap
+    def make_both(tree):
+        model = Model(tree)
         return model, nnx.Optimizer(model, make(name), wrt=nnx.Param)
 
     @nnx.vmap
@@ -105,11 +106,12 @@ def test_nnx_optimizers_made_by_vmap_and_run_by_scan_equal_the_plain_loop(name):
 
         steps((model, optimizer))
 
-    model, optimizer = make_both(jnp.arange(2))
+    members = [params(seed) for seed in range(2)]
+    model, optimizer = make_both(jax.tree.map(lambda *x: jnp.stack(x), *members))
     nnx.jit(train_both)(model, optimizer)
-    for member in range(2):
-        result = {"bias": model.bias[member], "kernel": model.kernel[member]}
-        aliases.assert_close(jax.device_get(result), expected(name))
+    for seed in range(2):
+        result = {"bias": model.bias[seed], "kernel": model.kernel[seed]}
+        aliases.assert_close(jax.device_get(result), expected(name, seed))
 
 
 @every_alias
@@ -119,7 +121,7 @@ def test_nnx_optimizer_with_sharded_params_equals_one_device(name, kind):
     sharding = NamedSharding(mesh, SPEC)
     given = {"sharding": sharding} if kind is AxisType.Auto else {}
     with jax.set_mesh(mesh):
-        result = train(Model(sharding), make(name, **given))
+        result = train(Model(params(), sharding), make(name, **given))
     for leaf in result.values():
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     aliases.assert_close(jax.device_get(result), expected(name), 1e-4)
