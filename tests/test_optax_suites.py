@@ -47,6 +47,11 @@ NOT_APPLICABLE = {
     "ScheduleFreeTest.test_schedule_free_adamw": _NUMBERS,
     "ScheduleFreeTest.test_buffer_donation": _NO_OPTIMIZER,
     "ScheduleFreeTest.test_explicit_dtype": "It skips cases, whatever the optimizer.",
+    "BacktrackingLinesearchTest": (
+        "All other tests take no optimizer, or are for the direction, the learning rate"
+        " or the number of steps of SGD."
+    ),
+    "ZoomLinesearchTest": "All other tests take no optimizer.",
     "TransformTest": "All other tests are about Optax's own transformations.",
 }
 if optax_suites.VERSION < (0, 2, 8):
@@ -134,7 +139,13 @@ def make(name: str, **given: Any):
 
 def _jitted(tx: Any) -> Any:
     """Compile once for each pair of dtypes what would compile in every step."""
-    return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    compiled = jax.jit(tx.update)
+
+    def update(updates, state, params=None, **extra):
+        arrays = {key: value for key, value in extra.items() if not callable(value)}
+        return compiled(updates, state, params, **arrays)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 class _JittedMultiSteps(optax.MultiSteps):
@@ -232,6 +243,10 @@ def test_the_suite_of_complex_parameters_passes(name):
 
 # Tests of wrappers that are written with one of Optax's optimizers, but hold for any.
 WRAPPERS = {
+    "_src/linesearch_test.py": {
+        "BacktrackingLinesearchTest": {"test_gradient_descent_with_linesearch": 1},
+        "ZoomLinesearchTest": {"test_value_and_grad_from_state": 1},
+    },
     "transforms/_accumulation_test.py": {
         "AccumulationTest": {
             "test_multi_steps": 1,
