@@ -31,7 +31,7 @@ def transformation(
         return compressor.bind(placement.layout(tree, dtype, placed))
 
     def init_fn(params):
-        params = _strip_boxes(params)
+        params = strip_boxes(params)
         _validate.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
@@ -40,7 +40,7 @@ def transformation(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         given = jax.tree.structure(updates)
-        updates, params = _strip_boxes(updates), _strip_boxes(params)
+        updates, params = strip_boxes(updates), strip_boxes(params)
         like = updates if params is None else params
         _validate.floating_leaves(updates, "updates")
         _validate.same_trees(updates, like)
@@ -88,13 +88,29 @@ def _state_dtype(state) -> Any:
     return jnp.result_type(held[0], jnp.float32) if held else jnp.float32
 
 
-def _strip_boxes(tree: Any) -> Any:
-    """Return `tree` with variables that carry metadata replaced by their arrays.
+def strip_boxes(tree: Any) -> Any:
+    """Return `tree` with boxes that carry metadata replaced by the arrays in them.
 
-    State made by mapping over flax's `nnx.Variable` would inherit the sharding metadata
-    of the parameter, on the wrong axes.
+    State made by mapping over Flax's `nnx.Variable` or `nn.Partitioned` would inherit
+    the axis names of the parameter, on arrays that have other axes.
     """
-    is_box = lambda node: hasattr(node, "get_metadata") and hasattr(node, "get_value")
-    return jax.tree.map(
-        lambda node: node.get_value() if is_box(node) else node, tree, is_leaf=is_box
-    )
+
+    def strip(node: Any) -> Any:
+        if _is_variable(node):
+            return node.get_value()
+        if _is_linen_box(node):
+            # Not `unbox`, which under a mesh is a sharding constraint as well.
+            (value,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+            return value
+        return node
+
+    is_box = lambda node: _is_variable(node) or _is_linen_box(node)
+    return jax.tree.map(strip, tree, is_leaf=is_box)
+
+
+def _is_variable(node: Any) -> bool:
+    return hasattr(node, "get_metadata") and hasattr(node, "get_value")
+
+
+def _is_linen_box(node: Any) -> bool:
+    return hasattr(node, "unbox") and hasattr(node, "replace_boxed")

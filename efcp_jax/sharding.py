@@ -49,6 +49,7 @@ import optax
 from efcp_jax import placement
 from efcp_jax._reshard import convert
 from efcp_jax.placement import Description
+from efcp_jax.protocol import strip_boxes
 
 
 def state_shardings(
@@ -76,8 +77,10 @@ def state_shardings(
 
     Examples:
         >>> import efcp_jax, jax, jax.numpy as jnp
-        >>> from jax.sharding import NamedSharding, PartitionSpec as P
-        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh(
+        ...     (jax.device_count(),), ("data",), axis_types=(AxisType.Explicit,)
+        ... )
         >>> params = jax.device_put(jnp.zeros((16, 16)), NamedSharding(mesh, P("data")))
         >>> tx = efcp_jax.mfac(1e-2, window_size=4)
         >>> shardings = efcp_jax.sharding.state_shardings(tx, params)
@@ -237,6 +240,7 @@ def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
 def _param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> Any:
     """Return one sharding a parameter."""
     treedef = jax.tree.structure(params)
+    inside = jax.tree.structure(strip_boxes(params))
     if sharding is None:
         held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
         named = [each.mesh for each in held if _is_named(each)]
@@ -244,7 +248,7 @@ def _param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> A
             # A transformation of all parameters knows, even where arrays do not.
             if isinstance(each, Description) and each.placement is not None:
                 layout = each.space.layout
-                if layout.treedef == treedef:
+                if layout.treedef == inside:
                     mesh = _concrete_mesh([each.placement.mesh, *named])
                     return treedef.unflatten(
                         jax.sharding.NamedSharding(mesh, spec)
@@ -258,7 +262,7 @@ def _param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> A
         return treedef.unflatten(
             each if _is_named(each) else everywhere for each in held
         )
-    placed = placement.find(params, sharding)
+    placed = placement.find(strip_boxes(params), sharding)
     assert placed is not None
     mesh = _concrete_mesh([placed.mesh])
     return treedef.unflatten(

@@ -6,10 +6,15 @@ import os
 # Several JAX processes that share the cores make LAPACK's threads wait on each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Most of the time of the tests is compilation; leaving out LLVM's optimization saves a
-# quarter of it, and changes no result that a test may depend on.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Most of the time of the tests is compilation. Leaving out LLVM's optimization and the
+# newer way of emitting loops makes it three times quicker, and changes no result that a
+# test may depend on. Of flags given twice the last counts, so a caller's win.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 
 import jax

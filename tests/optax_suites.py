@@ -114,17 +114,28 @@ def load(
     return module
 
 
+def functions_of(path: str, case: str) -> set[str]:
+    """Return the names of the test functions of the class `case` of a file."""
+    tree = ast.parse(source(path).read_text())
+    (found,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == case
+    )
+    names = (node.name for node in found.body if isinstance(node, ast.FunctionDef))
+    return {name for name in names if name.startswith("test")}
+
+
 def run(
-    case: type[unittest.TestCase],
-    functions: Collection[str],
-    left_out: Collection[str] = (),
+    case: type[unittest.TestCase], functions: Collection[str], known: Collection[str]
 ) -> Counter[str]:
     """Run the cases of the given test functions of a test class.
 
     Args:
         case: A class of a module from `load`.
         functions: Names of test functions; other tests of the class do not run.
-        left_out: Names of cases that do not run.
+        known: Names of all test functions of the class. The name of a case is that of
+            its function with something behind it.
 
     Returns:
         How many cases of each function ran, were not skipped and passed.
@@ -132,11 +143,11 @@ def run(
     Raises:
         AssertionError: A case failed or was skipped.
     """
-    longest_first = sorted(functions, key=len, reverse=True)
+    longest_first = sorted(known, key=len, reverse=True)
     suite, function_of = unittest.TestSuite(), {}
     for name in unittest.defaultTestLoader.getTestCaseNames(case):
-        function = next((f for f in longest_first if name.startswith(f)), None)
-        if function is not None and name not in left_out:
+        function = next(f for f in longest_first if name.startswith(f))
+        if function in functions:
             test = case(name)
             function_of[test.id()] = function
             suite.addTest(test)

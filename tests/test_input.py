@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 import tomllib
 
+import aliases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +26,7 @@ SCALES = {
 }
 ALIASES = {
     name: (getattr(efcp_jax, name), {"learning_rate": 0.1})
-    for name in (
-        "mfac",
-        "sparse_mfac",
-        "low_rank_mfac",
-        "ggt",
-        "sparse_ggt",
-        "low_rank_ggt",
-    )
+    for name in aliases.STRUCTURE
 }
 MFAC = ("scale_by_mfac", "mfac", "sparse_mfac", "low_rank_mfac")
 GGT = ("scale_by_ggt", "ggt", "sparse_ggt", "low_rank_ggt")

@@ -5,7 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -39,7 +39,8 @@ def small_bytes(m):
 
 
 def compiled(tx, shapes, axes, specs):
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes))
+    kinds = (AxisType.Explicit,) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
     params = {
         name: jax.ShapeDtypeStruct(
             shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import aliases
 import cases
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,7 @@ import efcp_jax
 
 MFAC = efcp_jax.scale_by_mfac
 GGT = efcp_jax.scale_by_ggt
-OPTIMIZERS = {
-    name: getattr(efcp_jax, name)
-    for name in (
-        "mfac",
-        "sparse_mfac",
-        "low_rank_mfac",
-        "ggt",
-        "sparse_ggt",
-        "low_rank_ggt",
-    )
-}
+OPTIMIZERS = {name: getattr(efcp_jax, name) for name in aliases.STRUCTURE}
 SPARSE = ("sparse_mfac", "sparse_ggt")
 LOW_RANK = ("low_rank_mfac", "low_rank_ggt")
 ALIASES = {name: functools.partial(f, 0.1) for name, f in OPTIMIZERS.items()}
