@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 
 # Up to this size one call of LAPACK is faster.
-_UNBLOCKED = 256
+_UNBLOCKED = 128
 
 
 class Blocked(NamedTuple):
