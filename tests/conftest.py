@@ -24,6 +24,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Free what a file has compiled: a process may map 65,530 pieces of memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run one test with 64-bit types."""
