@@ -1,8 +1,8 @@
 """The entries of largest magnitude of every row of an array, by bisection on bits.
 
-A comparison sort of each row would take ten times as long and run on one core of a
-CPU. Here everything is a comparison, a count or a gather of whole arrays, which XLA
-vectorises, spreads over cores and fuses, on every platform.
+`lax.top_k` on CPUs sorts each row in part, on one core. Here everything is a
+comparison, a count or a gather of whole arrays, which XLA vectorises, fuses and spreads
+over cores, on every platform: a quarter of the time for blocks of 4096.
 
 A threshold that the k largest reach is found bit by bit; the positions of the entries
 that reach it are read off a bit mask by counting set bits. Two levels, first among the

@@ -37,11 +37,33 @@ def bytes_of(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def filled(state):
+    """Return the sparse `state` with a full window of rows that are nearly orthogonal.
+
+    Offsets differ, as they do in training: additions to one place would wait for each
+    other.
+    """
+    rows, window_size = state.window.rows, len(state.gram)
+    kept = rows.offsets.shape[2]
+    step = state.error.shape[1] // kept
+    shift = jax.random.randint(jax.random.key(1), rows.offsets.shape, 0, step)
+    offsets = (step * jnp.arange(kept) + shift).astype(rows.offsets.dtype)
+    rows = rows._replace(values=random_like(rows.values), offsets=offsets)
+    window = state.window._replace(
+        rows=rows,
+        scale=jnp.ones_like(state.window.scale),
+        filled=jnp.int32(window_size),
+    )
+    gram = kept * len(rows.offsets) * jnp.eye(window_size)
+    return state._replace(window=window, gram=gram)
+
+
 def interleaved(calls, runs):
     """Return the median milliseconds of every call, run in turns after a warm-up."""
     times = {name: [] for name in calls}
     for turn in range(runs + 1):
         for name, call in calls.items():
+            time.sleep(0.02)  # the threads of the last call may still spin
             start = time.perf_counter()
             jax.block_until_ready(call())
             if turn:
@@ -49,9 +71,11 @@ def interleaved(calls, runs):
     return {name: float(np.median(each)) for name, each in times.items()}
 
 
-def compiled_step(tx, params, gradient, fill=lambda state: state):
+def compiled_step(tx, params, gradient, fill=None):
     """Return a call that makes one donated step, and the state and temporary bytes."""
-    state = fill(tx.init(params))
+    state = tx.init(params)
+    if fill is not None:
+        state = fill(state)
     step = jax.jit(tx.update, donate_argnums=1)
     compiled = step.lower(gradient, state, params).compile()
     size = bytes_of(state)

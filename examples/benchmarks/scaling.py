@@ -28,7 +28,7 @@ def measure(points, block_size, runs):
             ),
         )
         calls[size, window_size, density], _, _ = common.compiled_step(
-            tx, params, common.random_like(params)
+            tx, params, common.random_like(params), common.filled
         )
     times = common.interleaved(calls, runs)
     return [times[point] for point in points]

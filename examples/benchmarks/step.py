@@ -29,30 +29,9 @@ def compressor(density, block_size):
     return efcp_jax.top_k(density, block_size=block_size, value_dtype=jnp.bfloat16)
 
 
-def filled(state, block_size):
-    """Return the sparse `state` with a full window of rows that are nearly orthogonal.
-
-    Offsets differ, as they do in training: additions to one place would wait for each
-    other.
-    """
-    rows, window_size = state.window.rows, len(state.gram)
-    kept = rows.offsets.shape[2]
-    step = block_size // kept
-    shift = jax.random.randint(jax.random.key(1), rows.offsets.shape, 0, step)
-    offsets = (step * jnp.arange(kept) + shift).astype(rows.offsets.dtype)
-    rows = rows._replace(values=common.random_like(rows.values), offsets=offsets)
-    window = state.window._replace(
-        rows=rows,
-        scale=jnp.ones_like(state.window.scale),
-        filled=jnp.int32(window_size),
-    )
-    gram = kept * len(rows.offsets) * jnp.eye(window_size)
-    return state._replace(window=window, gram=gram)
-
-
 def stages(tx, space, params, gradient, window_size):
     """Return a call for every stage of the sparse step, each compiled by itself."""
-    rows = filled(tx.init(params), space.blocks.size).window.rows
+    rows = common.filled(tx.init(params)).window.rows
     # A vector for each stage that overwrites its own.
     vectors = [jax.jit(space.pack)(gradient) for _ in range(3)]
     row, _ = jax.jit(lambda v: space.compress(v, None))(vectors[0])
@@ -99,10 +78,9 @@ def measure(size, window_size, density, rank, block_size, runs, speed):
     if 4 * size * window_size <= DENSE_LIMIT:
         optimizers["dense M-FAC"] = mfac(window_size)
     calls, held, temporary = {}, {}, {}
-    fill = {"sparse M-FAC": lambda state: filled(state, min(block_size, size))}
     for name, tx in optimizers.items():
         calls[name], held[name], temporary[name] = common.compiled_step(
-            tx, params, gradient, fill.get(name, lambda state: state)
+            tx, params, gradient, common.filled if name == "sparse M-FAC" else None
         )
     try:
         import published
