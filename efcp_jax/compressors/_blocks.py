@@ -157,7 +157,7 @@ class Blocks:
             stop = start + sum(leaf.size for leaf in leaves)
             ends = np.cumsum([leaf.size for leaf in leaves])
             pieces = jnp.split(entries(start, stop, zero), ends[:-1])
-            zero = _zero_after(pieces)
+            zero = _zero_after(zero, *pieces)
             matrices += [
                 piece.reshape(leaf.matrix_shape)
                 for piece, leaf in zip(pieces, leaves, strict=True)
@@ -174,9 +174,9 @@ class Blocks:
         return self.layout.own(weights, axis=0)[:, None] * blocks
 
 
-def _zero_after(pieces: list[jax.Array]) -> jax.Array:
-    """Return a zero that can only be computed from all of `pieces`."""
-    # No compiler knows that the smallest of magnitudes and zero is zero ...
-    firsts = jnp.stack([piece[0] for piece in pieces if piece.size])
+def _zero_after(*arrays: jax.Array) -> jax.Array:
+    """Return a zero that can only be computed from all of `arrays`."""
+    # No compiler finds out that the lowest bit is never below zero.
+    firsts = jnp.stack([array.reshape(-1)[0] for array in arrays if array.size])
     bits = lax.bitcast_convert_type(firsts, f"int{8 * firsts.dtype.itemsize}")
     return jnp.minimum(jnp.min(bits & 1), 0).astype(firsts.dtype)
