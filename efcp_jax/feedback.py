@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.compressors import Space
@@ -66,7 +67,7 @@ def compress(
     accept = finite if guarded else jnp.asarray(True)
     total = _total(space, tree, error, accept)
     if scaled:
-        peaks = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(total)]
+        peaks = [_peak(leaf) for leaf in jax.tree.leaves(total)]
         scale, inverse = power_of_two(jnp.max(jnp.stack(peaks or [jnp.zeros(())])))
     else:
         scale = inverse = jnp.ones((), space.layout.dtype)
@@ -92,6 +93,12 @@ def _total(
         return jax.tree.map(lambda g: jnp.where(accept, g, 0), space.pack(tree))
     error = jax.tree.map(lambda e: e.astype(space.layout.dtype), error)
     return space.accumulate(tree, error, accept)
+
+
+def _peak(x: jax.Array) -> jax.Array:
+    """Return the largest magnitude in `x`, in one reduction without a temporary."""
+    larger = lambda peak, x: jnp.maximum(peak, jnp.abs(x))
+    return lax.reduce(x, jnp.zeros((), x.dtype), larger, tuple(range(x.ndim)))
 
 
 def _cast(rest: jax.Array, error: jax.Array) -> jax.Array:

@@ -142,9 +142,11 @@ class Layout:
     def finite(self, tree: chex.ArrayTree) -> jax.Array:
         """Return whether all entries of `tree` on this device are finite."""
         # Zero times a number is zero, else NaN. A sum carries a NaN along, which the
-        # vectorised maximum of XLA need not, and takes no temporary.
-        zeros = [jnp.sum(0 * piece) for piece in self.pieces(tree)]
-        return sum(zeros, jnp.zeros((), self.dtype)) == 0
+        # vectorised maximum of XLA need not; as one reduction, it takes no temporary.
+        zero = jnp.zeros((), self.dtype)
+        carry = lambda total, x: total + 0 * x
+        zeros = [lax.reduce(piece, zero, carry, (0,)) for piece in self.pieces(tree)]
+        return sum(zeros, zero) == 0
 
     def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
         """Yield the entries of `tree`, laid end to end, a run of leaves at a time."""

@@ -119,11 +119,12 @@ class Blocks:
     ) -> jax.Array:
         """Return `blocks` plus those of `tree` if `accept`, in place on one device."""
 
-        def add(blocks: jax.Array) -> jax.Array:
-            return saturate(blocks + self.pack(tree), blocks.dtype)
+        def select(flat: jax.Array) -> jax.Array:
+            total = saturate(flat + self.pack(tree).reshape(-1), flat.dtype)
+            return jnp.where(accept, total, flat)
 
-        def add_in_place(blocks: jax.Array) -> jax.Array:
-            flat, start = blocks.reshape(-1), 0
+        def add_in_place(flat: jax.Array) -> jax.Array:
+            start = 0
             # XLA updates a slice where it lies if it is read at the same place, which
             # it can tell only while the place is not a constant.
             zero = lax.optimization_barrier(jnp.int32(0))
@@ -133,12 +134,12 @@ class Blocks:
                 new = saturate(old + piece, flat.dtype)
                 flat = lax.dynamic_update_slice_in_dim(flat, new, at, axis=0)
                 start += piece.size
-            return flat.reshape(blocks.shape)
+            return flat
 
-        select = lambda blocks: jnp.where(accept, add(blocks), blocks)
-        if self.layout.axes or self.count * self.size > LARGEST_INDEX:
-            return select(blocks)
-        return overwrite(accept, add_in_place, select, blocks)
+        flat = blocks.reshape(-1)
+        if self.layout.axes or flat.size > LARGEST_INDEX:
+            return select(flat).reshape(blocks.shape)
+        return overwrite(accept, add_in_place, select, flat).reshape(blocks.shape)
 
     def tree(
         self, entries: Callable[[int, int, jax.Array], jax.Array]

@@ -15,7 +15,7 @@ from efcp_jax.compressors import _sparse
 from efcp_jax.compressors._blocks import LARGEST_INDEX, Blocks
 from efcp_jax.compressors._selection import largest
 from efcp_jax.compressors._sparse import SparseRow
-from efcp_jax.layout import Layout
+from efcp_jax.layout import Layout, saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +156,12 @@ class SparseSpace:
         return _sparse.scatter_add(self.blocks.size, row.offsets, values)
 
     def residual(self, vector: jax.Array, row: SparseRow, scale: jax.Array):  # noqa: D102
-        # k entries a block change, so the vector is updated where it lies.
+        # k entries a block change, so the vector is updated where it lies. Rounded up,
+        # the largest ones may overflow.
         block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
+        taken = saturate(scale * row.values.astype(vector.dtype), vector.dtype)
         return vector.at[block, row.offsets.astype(jnp.int32)].add(
-            -scale * row.values.astype(vector.dtype), unique_indices=True
+            -taken, unique_indices=True
         )
 
     def inner(self, window: SparseRow, row: SparseRow) -> jax.Array:  # noqa: D102
