@@ -50,7 +50,14 @@ def check_update(method, name, stage, dtype, tolerance):
 @every_compressor
 @every_method
 def test_update_equals_the_textbook_in_float32(method, name, stage):
-    check_update(method, name, stage, jnp.float32, 1e-5)
+    tolerance = 1e-5
+    if method != "mfac" and name == "low_rank-per-leaf":
+        # Five rows of a leaf of one entry depend on each other. Combinations of them
+        # that vanish leave rounding errors, divided by the smallest singular value
+        # that GGT tells apart.
+        unit = np.finfo(np.float32).eps
+        tolerance = 0.5 * unit / np.sqrt(unit)
+    check_update(method, name, stage, jnp.float32, tolerance)
 
 
 @every_stage
