@@ -38,25 +38,26 @@ def stages(tx, space, params, gradient, window_size):
     weights, slot = jnp.ones(window_size), jnp.int32(0)
     gram = jnp.eye(window_size)
 
-    def overwriting(function, index):
+    def overwriting(function, index, *given):
         compiled = jax.jit(function, donate_argnums=0)
 
         def call():
-            vectors[index] = compiled(vectors[index])
+            vectors[index] = compiled(vectors[index], *given)
             return vectors[index]
 
         return call
 
-    accumulate = lambda v: space.accumulate(gradient, v, space.layout.finite(gradient))
+    accumulate = lambda v, g: space.accumulate(g, v, space.layout.finite(g))
+    residual = lambda v, r: space.residual(v, r, jnp.float32(1))
     select = jax.jit(lambda v: space.compress(v, None)[0])
     inner, update = jax.jit(space.inner), jax.jit(space.update)
     solve = jax.jit(
         lambda k, s: mfac_coefficients(k, s, slot, jnp.float32(1e-2), window_size)
     )
     return {
-        "accumulate": overwriting(accumulate, 0),
+        "accumulate": overwriting(accumulate, 0, gradient),
         "select": lambda: select(vectors[1]),
-        "residual": overwriting(lambda v: space.residual(v, row, jnp.float32(1)), 2),
+        "residual": overwriting(residual, 2, row),
         "inner": lambda: inner(rows, row),
         "solve": lambda: solve(gram, weights),
         "combine": lambda: update(rows, weights),
