@@ -97,8 +97,9 @@ def _total(
 
 def _peak(x: jax.Array) -> jax.Array:
     """Return the largest magnitude in `x`, in one reduction without a temporary."""
-    larger = lambda peak, x: jnp.maximum(peak, jnp.abs(x))
-    return lax.reduce(x, jnp.zeros((), x.dtype), larger, tuple(range(x.ndim)))
+    larger = lambda peak, x: jnp.maximum(jnp.abs(peak), jnp.abs(x))
+    peak = lax.reduce(x, jnp.zeros((), x.dtype), larger, tuple(range(x.ndim)))
+    return jnp.abs(peak)  # XLA may return a single entry as it is
 
 
 def _cast(rest: jax.Array, error: jax.Array) -> jax.Array:

@@ -143,10 +143,12 @@ class Layout:
         """Return whether all entries of `tree` on this device are finite."""
         # Zero times a number is zero, else NaN. A sum carries a NaN along, which the
         # vectorised maximum of XLA need not; as one reduction, it takes no temporary.
-        zero = jnp.zeros((), self.dtype)
+        # XLA may return an entry as it is, since a reduction with its first value is
+        # supposed to change nothing.
         carry = lambda total, x: total + 0 * x
-        zeros = [lax.reduce(piece, zero, carry, (0,)) for piece in self.pieces(tree)]
-        return sum(zeros, zero) == 0
+        zero = jnp.zeros((), self.dtype)
+        sums = [lax.reduce(piece, zero, carry, (0,)) for piece in self.pieces(tree)]
+        return jnp.all(jnp.isfinite(jnp.stack([zero, *sums])))
 
     def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
         """Yield the entries of `tree`, laid end to end, a run of leaves at a time."""
