@@ -33,7 +33,7 @@ Floors of the code; imports point down only:
     compressors                        one file a representation
     placement                          which device holds what
     layout                             a tree as real matrices
-    _branch                            an array overwritten where it lies
+    _boxes  _branch  _dot              arrays out of boxes, overwritten, multiplied
 """
 
 from efcp_jax import sharding as sharding

@@ -20,6 +20,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax._dot import dot
+
 
 # Smaller blocks are not worth their calls.
 _UNBLOCKED = 128
@@ -53,7 +55,7 @@ def factorise(matrix: jax.Array) -> Factor:
     half = size // 2
     first = factorise(matrix[:half, :half])
     below = _solve_right(first, matrix[half:, :half])
-    return Blocked(first, below, factorise(matrix[half:, half:] - _dot(below, below.T)))
+    return Blocked(first, below, factorise(matrix[half:, half:] - dot(below, below.T)))
 
 
 def pivots(factor: Factor) -> jax.Array:
@@ -76,7 +78,7 @@ def _forward(factor: Factor, rhs: jax.Array) -> jax.Array:
         )[:, 0]
     half = factor.below.shape[1]
     first = _forward(factor.first, rhs[:half])
-    second = _forward(factor.second, rhs[half:] - _dot(factor.below, first))
+    second = _forward(factor.second, rhs[half:] - dot(factor.below, first))
     return jnp.concatenate([first, second])
 
 
@@ -88,7 +90,7 @@ def _backward(factor: Factor, rhs: jax.Array) -> jax.Array:
         )[:, 0]
     half = factor.below.shape[1]
     second = _backward(factor.second, rhs[half:])
-    first = _backward(factor.first, rhs[:half] - _dot(second, factor.below))
+    first = _backward(factor.first, rhs[:half] - dot(second, factor.below))
     return jnp.concatenate([first, second])
 
 
@@ -100,9 +102,5 @@ def _solve_right(factor: Factor, rhs: jax.Array) -> jax.Array:
         )
     half = factor.below.shape[1]
     first = _solve_right(factor.first, rhs[:, :half])
-    rest = rhs[:, half:] - _dot(first, factor.below.T)
+    rest = rhs[:, half:] - dot(first, factor.below.T)
     return jnp.concatenate([first, _solve_right(factor.second, rest)], axis=1)
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.compressors import Space
-from efcp_jax.layout import saturate
+from efcp_jax.layout import cast
 
 
 class Compressed(NamedTuple):
@@ -75,7 +75,8 @@ def compress(
     vector = jax.tree.map(lambda leaf: leaf * scale, space.expand(row))
     if error is not None:
         rest = space.residual(total, row, jnp.where(accept, scale, 0))
-        error = jax.tree.map(_cast, rest, error)
+        # An infinity in the error would make every later step non-finite.
+        error = jax.tree.map(lambda a, e: cast(a, e.dtype), rest, error)
     return Compressed(row, scale, vector, error, basis, finite)
 
 
@@ -100,11 +101,6 @@ def _peak(x: jax.Array) -> jax.Array:
     larger = lambda peak, x: jnp.maximum(jnp.abs(peak), jnp.abs(x))
     peak = lax.reduce(x, jnp.zeros((), x.dtype), larger, tuple(range(x.ndim)))
     return jnp.abs(peak)  # XLA may return a single entry as it is
-
-
-def _cast(rest: jax.Array, error: jax.Array) -> jax.Array:
-    # An infinity in the error would make every later step non-finite.
-    return rest if rest.dtype == error.dtype else saturate(rest, error.dtype)
 
 
 def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:

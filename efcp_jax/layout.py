@@ -173,7 +173,7 @@ class Layout:
         for matrix, leaf in zip(matrices, self.leaves, strict=True):
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 matrix = lax.complex(*jnp.split(matrix, 2, axis=1))
-            values.append(_cast(matrix.reshape(leaf.shape), leaf.dtype))
+            values.append(cast(matrix.reshape(leaf.shape), leaf.dtype))
         return self.treedef.unflatten(values)
 
 
@@ -226,7 +226,7 @@ def saturate(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jnp.clip(value, -limit, limit).astype(dtype)
 
 
-def _cast(value: jax.Array, dtype: np.dtype) -> jax.Array:
+def cast(value: jax.Array, dtype: np.dtype) -> jax.Array:
     """Cast to `dtype`, within its range."""
     if jnp.issubdtype(dtype, jnp.floating) and dtype != value.dtype:
         return saturate(value, dtype)

@@ -17,6 +17,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from efcp_jax._boxes import is_variable
 from efcp_jax.layout import Layout, Leaf
 
 
@@ -82,13 +83,12 @@ def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
 
     Going by paths lets a masked or partitioned tree keep the prefix of the whole.
     """
-    is_box = lambda node: hasattr(node, "get_metadata") and hasattr(node, "get_value")
     is_leaf = lambda node: (
-        isinstance(node, NamedSharding | PartitionSpec) or is_box(node)
+        isinstance(node, NamedSharding | PartitionSpec) or is_variable(node)
     )
     given = {}
     for path, each in jax.tree_util.tree_leaves_with_path(sharding, is_leaf=is_leaf):
-        each = each.get_value() if is_box(each) else each
+        each = each.get_value() if is_variable(each) else each
         if not isinstance(each, NamedSharding | PartitionSpec):
             raise TypeError(
                 "`sharding` must be a tree of NamedShardings or PartitionSpecs, got"

@@ -27,6 +27,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax import _cholesky
+from efcp_jax._dot import dot
 
 
 # The largest stored entry is below 2^2, so a sum of m rows with coefficients below the
@@ -118,11 +119,11 @@ def _solve_unit_diagonal(
         peaks = jnp.max(jnp.abs(null), axis=0)
         left, singular, _ = jnp.linalg.svd(null / jnp.where(peaks > 0, peaks, 1))
         outside = jnp.where(singular > noise * jnp.maximum(singular[0], 1), left, 0)
-        inside = rhs - _dot(outside, outside[slot])
+        inside = rhs - dot(outside, outside[slot])
         ratio = jnp.minimum(inverse / inverse[slot], 1 / jnp.finfo(matrix.dtype).tiny)
-        weights = _dot(vectors.T, ratio * inside) * jnp.where(kept, 1, 0)
+        weights = dot(vectors.T, ratio * inside) * jnp.where(kept, 1, 0)
         weights = weights / jnp.where(kept, values, 1)
-        return jnp.asarray(True), _dot(vectors, weights)
+        return jnp.asarray(True), dot(vectors, weights)
 
     # A loop of at most one round: unlike `lax.cond`, under `vmap` it does not run the
     # remedy unless some member of the batch needs it.
@@ -182,9 +183,5 @@ def ggt_coefficients(
     singular = jnp.sqrt(jnp.maximum(values, floor))
     # D^-1 b as one power, which neither under- nor overflows for b1 <= b2.
     moment = jnp.where(age < filled, (1 - b1) * (b1 / b2) ** age, 0)
-    rotated = _dot(vectors.T, moment) / (singular + eps * inverse)
-    return weights * _dot(vectors, rotated)
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
+    rotated = dot(vectors.T, moment) / (singular + eps * inverse)
+    return weights * dot(vectors, rotated)

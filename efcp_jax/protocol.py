@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from efcp_jax import _validate, placement
+from efcp_jax._boxes import strip_boxes
 from efcp_jax.compressors import Compressor, Space
 
 
@@ -86,31 +87,3 @@ def _state_dtype(state) -> Any:
     """Return the working dtype that `init` chose."""
     held = jax.tree.leaves(getattr(state, "gram", state.error))
     return jnp.result_type(held[0], jnp.float32) if held else jnp.float32
-
-
-def strip_boxes(tree: Any) -> Any:
-    """Return `tree` with boxes that carry metadata replaced by the arrays in them.
-
-    State made by mapping over Flax's `nnx.Variable` or `nn.Partitioned` would inherit
-    the axis names of the parameter, on arrays that have other axes.
-    """
-
-    def strip(node: Any) -> Any:
-        if _is_variable(node):
-            return node.get_value()
-        if _is_linen_box(node):
-            # Not `unbox`, which under a mesh is a sharding constraint as well.
-            (value,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
-            return value
-        return node
-
-    is_box = lambda node: _is_variable(node) or _is_linen_box(node)
-    return jax.tree.map(strip, tree, is_leaf=is_box)
-
-
-def _is_variable(node: Any) -> bool:
-    return hasattr(node, "get_metadata") and hasattr(node, "get_value")
-
-
-def _is_linen_box(node: Any) -> bool:
-    return hasattr(node, "unbox") and hasattr(node, "replace_boxed")

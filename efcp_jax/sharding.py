@@ -47,9 +47,9 @@ import numpy as np
 import optax
 
 from efcp_jax import placement
+from efcp_jax._boxes import strip_boxes
 from efcp_jax._reshard import convert
 from efcp_jax.placement import Description
-from efcp_jax.protocol import strip_boxes
 
 
 def state_shardings(

@@ -115,7 +115,7 @@ def test_the_m_by_m_rooms_know_no_representation(name):
 def test_feedback_and_window_know_only_the_protocol(name):
     # Of compressors the protocol, and helpers that know no representation.
     allowed = {"compressors.Space", "compressors.ROW_AXIS"}
-    allowed |= {"_branch.overwrite", "layout.saturate"}
+    allowed |= {"_branch.overwrite", "layout.cast"}
     assert set(own_imports(pathlib.Path(f"{name}.py"))) <= allowed
 
 

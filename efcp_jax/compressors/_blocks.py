@@ -25,7 +25,7 @@ from efcp_jax.layout import Layout, saturate
 _MESH_BLOCK = 65_536
 
 # Above this, entries cannot be counted in the 32 bits of an index.
-LARGEST_INDEX = 2**31 - 1
+_LARGEST_INDEX = 2**31 - 1
 
 # Into about how many runs the leaves are taken to be filled with the update. Each is a
 # loop to compile, and what is copied unless it is a single leaf.
@@ -84,6 +84,14 @@ class Blocks:
         return total // self.layout.ways(self.layout.split)
 
     @property
+    def flat(self) -> bool:
+        """Whether the leaves lie end to end, all on one device, in reach of an index.
+
+        Then runs of leaves are read and written without the blocks around them.
+        """
+        return not self.layout.axes and self.count * self.size <= _LARGEST_INDEX
+
+    @property
     def spec(self) -> PartitionSpec:
         """How an array of blocks is divided among devices: along its first axis."""
         return PartitionSpec(self.layout.axes or None)
@@ -137,7 +145,7 @@ class Blocks:
             return flat
 
         flat = blocks.reshape(-1)
-        if self.layout.axes or flat.size > LARGEST_INDEX:
+        if not self.flat:
             return select(flat).reshape(blocks.shape)
         return overwrite(accept, add_in_place, select, flat).reshape(blocks.shape)
 

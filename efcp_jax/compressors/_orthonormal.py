@@ -4,6 +4,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax._dot import dot
 from efcp_jax.layout import Routine
 
 
@@ -30,11 +31,7 @@ def orthonormal(matrix: jax.Array, axes: tuple[str, ...]) -> Routine:
     for _ in range(2):
         peak = yield lax.pmax, jnp.max(jnp.abs(matrix), axis=0), axes
         matrix = matrix / jnp.where(peak > 0, peak, 1)
-        gram = yield (
-            lax.psum,
-            jnp.dot(matrix.T, matrix, precision=lax.Precision.HIGHEST),
-            axes,
-        )
+        gram = yield lax.psum, dot(matrix.T, matrix), axes
         square = jnp.diagonal(gram)
         length = jnp.sqrt(jnp.where(square > 0, square, 1))
         matrix = matrix / length

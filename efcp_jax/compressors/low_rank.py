@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from efcp_jax import _validate
+from efcp_jax._dot import dot
+from efcp_jax.compressors._matrix import Matrix
 from efcp_jax.compressors._orthonormal import orthonormal
 from efcp_jax.layout import Layout, Routine, saturate, together
 
@@ -101,59 +103,6 @@ def low_rank(
     )
 
 
-class Matrix(NamedTuple):
-    """How one leaf is factorised on one device.
-
-    A leaf kept whole is the matrix `(1, n)` with the factors `[[1]]` and itself.
-
-    Attributes:
-        rows: Rows on this device, padded to divide among the idle mesh axes.
-        cols: Columns on this device.
-        rank: Columns of the factors.
-        whole: Whether the leaf is kept whole.
-        row_axes: Mesh axes that split the rows.
-        col_axes: Mesh axes that split the columns.
-        col_ways: Number of devices that split the columns.
-        copies: Devices that hold this same part of the leaf.
-    """
-
-    rows: int
-    cols: int
-    rank: int
-    whole: bool
-    row_axes: tuple[str, ...]
-    col_axes: tuple[str, ...]
-    col_ways: int
-    copies: int
-
-    @classmethod
-    def of(cls, leaf, layout: Layout, rank: int) -> "Matrix":
-        """Decide how `leaf` is factorised, alike on all devices."""
-        rows, cols = leaf.matrix_shape
-        all_rows = rows * layout.ways(leaf.row_axes)
-        all_cols = cols * layout.ways(leaf.col_axes)
-        ways = layout.ways(layout.split)
-        if rank * (all_rows + all_cols) >= all_rows * all_cols:
-            # At least one entry, since checkpoints refuse arrays of size zero.
-            share = max(1, -(-leaf.size // ways))
-            axes = (*leaf.axes, *layout.split)
-            return cls(
-                1, share, 1, True, (), axes, layout.ways(axes), layout.copies(leaf)
-            )
-        row_axes = (*leaf.row_axes, *layout.split)
-        share = -(-rows // ways)
-        return cls(
-            share,
-            cols,
-            rank,
-            False,
-            row_axes,
-            leaf.col_axes,
-            layout.ways(leaf.col_axes),
-            layout.copies(leaf),
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class LowRankSpace:
     """Rows of `LowRankRow`; vectors are trees of matrices."""
@@ -233,12 +182,12 @@ class LowRankSpace:
                 return jnp.ones((1, 1), self.dtype), value.T.astype(self.dtype), start
             fresh = _random(matrix, start.dtype)
             known = yield lax.psum, jnp.sum(jnp.abs(start), axis=0), matrix.col_axes
-            left = _dot(value, jnp.where(known > 0, start, fresh))
+            left = dot(value, jnp.where(known > 0, start, fresh))
             left = yield lax.psum, left, matrix.col_axes
             left = yield from orthonormal(left, matrix.row_axes)
             left = left.astype(self.dtype)
             # The rounded factor, so that this is the best right factor for it.
-            right = _dot(value.T, left.astype(value.dtype))
+            right = dot(value.T, left.astype(value.dtype))
             right = yield lax.psum, right, matrix.row_axes
             square = yield lax.psum, jnp.sum(right**2, axis=0), matrix.col_axes
             length = jnp.sqrt(square)
@@ -255,7 +204,7 @@ class LowRankSpace:
 
     def expand(self, row: LowRankRow) -> chex.ArrayTree:  # noqa: D102
         dtype = self.layout.dtype
-        product = lambda _, left, right: _dot(left.astype(dtype), right.astype(dtype).T)
+        product = lambda _, left, right: dot(left.astype(dtype), right.astype(dtype).T)
         return self._tree(self._map(product, row.left, row.right))
 
     def residual(self, vector: chex.ArrayTree, row: LowRankRow, scale: jax.Array):  # noqa: D102
@@ -294,7 +243,7 @@ class LowRankSpace:
         def leaf_combine(_, left, right, weights):
             dtype = weights.dtype
             weighted = left.astype(dtype) * weights[:, None]
-            return _dot(
+            return dot(
                 weighted.reshape(left.shape[0], -1),
                 right.astype(dtype).reshape(right.shape[0], -1).T,
             )
@@ -311,10 +260,6 @@ class LowRankSpace:
         if not self.block_diagonal:
             return value
         return self._tree([value] * len(self.matrices))
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
 
 
 def _random(matrix: Matrix, dtype: Any) -> jax.Array:

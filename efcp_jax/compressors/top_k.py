@@ -12,7 +12,7 @@ import numpy as np
 
 from efcp_jax import _validate
 from efcp_jax.compressors import _sparse
-from efcp_jax.compressors._blocks import LARGEST_INDEX, Blocks
+from efcp_jax.compressors._blocks import Blocks
 from efcp_jax.compressors._selection import largest
 from efcp_jax.compressors._sparse import SparseRow
 from efcp_jax.layout import Layout, saturate
@@ -178,7 +178,7 @@ class SparseSpace:
         return _sparse.combine(window, coefficients, size, range(count), zeros, place)
 
     def update(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
-        if self.layout.axes or self.blocks.count * self.blocks.size > LARGEST_INDEX:
+        if not self.blocks.flat:
             return self.unpack(self.combine(window, coefficients))
         return self.blocks.tree(functools.partial(self._entries, window, coefficients))
 
