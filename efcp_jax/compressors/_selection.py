@@ -50,16 +50,18 @@ def largest(vector: jax.Array, kept: int) -> jax.Array:
     bits = _magnitudes(vector)
     # A power of two near the root of size / kept makes both levels small.
     group = 2 ** max(0, round(math.log2(size / kept) / 2))
+    low = jnp.zeros(count, bits.dtype)
     if group < _SMALLEST_GROUP:
-        return _positions(bits, kept, kept)
+        return _positions(bits, kept, kept, low)[0]
     groups = -(-size // group)
     bits = jnp.pad(bits, [(0, 0), (0, groups * group - size)], constant_values=-1)
     bits = bits.reshape(count, groups, group)
     room = min(groups, max(kept + 1, round(_SLACK * kept)))
-    chosen = _positions(jnp.max(bits, axis=2), kept, room)
+    # As many groups as are wanted of the entries reach `low`, so as many entries do.
+    chosen, low = _positions(jnp.max(bits, axis=2), kept, room, low)
     take = lambda entries, index: entries.at[index].get(mode="fill", fill_value=-1)
     candidates = jax.vmap(take)(bits, chosen).reshape(count, room * group)
-    places = _positions(candidates, kept, kept)
+    places, _ = _positions(candidates, kept, kept, low)
     first = jnp.take_along_axis(chosen, places // group, axis=1)
     return first * group + places % group
 
@@ -74,7 +76,9 @@ def _magnitudes(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) & jnp.iinfo(dtype).max
 
 
-def _positions(bits: jax.Array, least: int, most: int) -> jax.Array:
+def _positions(
+    bits: jax.Array, least: int, most: int, low: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return positions of at least the `least` largest entries of every row.
 
     Among equal entries the first come first. Positions ascend; those behind the last
@@ -84,51 +88,61 @@ def _positions(bits: jax.Array, least: int, most: int) -> jax.Array:
         bits: Whole numbers, shape `(rows, size)`; negative ones are never among them.
         least: How many entries must be among them.
         most: How many positions are returned.
+        low: A number that at least `least` entries of each row reach, shape `(rows,)`.
 
     Returns:
-        Array of shape `(rows, most)`, int32.
+        Array of shape `(rows, most)`, int32, and as `low` a number not below it.
     """
     missing = -bits.shape[1] % _WORD
     bits = jnp.pad(bits, [(0, 0), (0, missing)], constant_values=-1)
-    threshold = _threshold(bits, least, most)[:, None]
+    low = _threshold(bits, least, most, low)
+    threshold = low[:, None]
     above, equal = bits > threshold, bits == threshold
     # Of the entries at the threshold as many as there is room for, from the first.
     left = most - _count(above, axis=1)[:, None]
     last = _nth(_words(equal), left - 1)
     index = jnp.arange(bits.shape[1], dtype=jnp.int32)
     slots = jnp.broadcast_to(jnp.arange(most, dtype=jnp.int32), (bits.shape[0], most))
-    return _nth(_words(above | (equal & (index <= last))), slots)
+    return _nth(_words(above | (equal & (index <= last))), slots), low
 
 
-def _threshold(bits: jax.Array, least: int, most: int) -> jax.Array:
+def _threshold(bits: jax.Array, least: int, most: int, low: jax.Array) -> jax.Array:
     """Return for every row a number that at least `least` of its entries reach.
 
     No more than `most` reach it, if there is such a number; else it is the `least`-th
-    largest entry.
+    largest entry. At least `least` entries must reach `low`.
     """
-    rows, width = bits.shape[0], 8 * bits.dtype.itemsize - 1
+    rows, size = bits.shape
+    width = 8 * bits.dtype.itemsize - 1
+    limit = jnp.iinfo(bits.dtype).max
 
     def halve(carry):
-        place, low, reached = carry
-        middle = low | (jnp.ones((), bits.dtype) << place.astype(bits.dtype))
-        words = bits.reshape(rows, -1, _WORD) >= middle[:, None, None]
-        count = _count(_count(words, axis=2), axis=1)
+        low, high, middle, reached = carry
+        # A number less another, shifted down to its sign, is -1 if it is the smaller
+        # one: half the time that XLA takes to count booleans. No difference overflows,
+        # since `middle` is not negative.
+        words = bits.reshape(rows, -1, _WORD) - middle[:, None, None]
+        count = size + _count(_count(words >> width, axis=2), axis=1)
         enough = count >= least
         low = jnp.where(enough, middle, low)
-        return place - 1, low, jnp.where(enough, count, reached)
+        high = jnp.where(enough, high, middle - 1)
+        middle = high - ((high - low) >> 1)
+        return low, high, middle, jnp.where(enough, count, reached)
 
-    start = (
-        jnp.int32(width - 1),
-        jnp.zeros(rows, bits.dtype),
-        jnp.full(rows, bits.shape[1], jnp.int32),
-    )
+    # Most often the threshold is not far above `low`.
+    step = 2 ** (width - 7)
+    middle = jnp.minimum(low, limit - step) + step
+    start = (low, jnp.full_like(low, limit), middle, jnp.full(rows, size, jnp.int32))
 
     def until_found() -> jax.Array:
-        searching = lambda carry: (carry[0] >= 0) & jnp.any(carry[2] > most)
-        return lax.while_loop(searching, halve, start)[1]
+        def searching(carry):
+            low, high, _, reached = carry
+            return jnp.any((low < high) & (reached > most))
+
+        return lax.while_loop(searching, halve, start)[0]
 
     def to_the_last_bit() -> jax.Array:
-        return lax.fori_loop(0, width, lambda _, carry: halve(carry), start)[1]
+        return lax.fori_loop(0, width + 1, lambda _, carry: halve(carry), start)[0]
 
     # To end early, an accelerator would have to report to the host.
     return lax.platform_dependent(cpu=until_found, default=to_the_last_bit)
