@@ -29,8 +29,10 @@ Floors of the code; imports point down only:
     protocol  states                   a step as an Optax transformation
     feedback  window                   error + gradient -> row; the last m rows
     gram  preconditioners              m x m only
+    _system                            their solution, kept from step to step
     _cholesky                          their factorisation
     compressors                        one file a representation
+    _description                       a state that is described, not made
     placement                          which device holds what
     layout                             a tree as real matrices
     _boxes  _branch  _dot              arrays out of boxes, overwritten, multiplied

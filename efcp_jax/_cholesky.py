@@ -8,10 +8,6 @@ and the same again for both diagonal blocks. Nearly all work becomes matrix prod
 which XLA runs on all cores of a CPU and on matrix units, where its Cholesky
 factorisation and its triangular solution for one vector run on one core and copy the
 whole matrix first. The rounding errors are those of an unblocked factorisation.
-
-Keeping the factor instead, and updating it when a row leaves the window, would take
-O(m^2) operations: at m = 1024 on a CPU 6 ms against 8, for m^2 numbers more of state,
-void whenever the damping changes. It is not worth that.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -41,6 +37,8 @@ class Blocked(NamedTuple):
     second: "Factor"
 
 
+# One block is kept as the transpose of its factor: LAPACK wants columns contiguous, and
+# a row-major array has that without a copy once it is transposed.
 Factor: TypeAlias = jax.Array | Blocked
 
 
@@ -51,10 +49,10 @@ def factorise(matrix: jax.Array) -> Factor:
     """
     size = len(matrix)
     if size <= _UNBLOCKED:
-        return lax.linalg.cholesky(matrix, symmetrize_input=False)
+        return lax.linalg.cholesky(matrix, symmetrize_input=False).T
     half = size // 2
     first = factorise(matrix[:half, :half])
-    below = _solve_right(first, matrix[half:, :half])
+    below = solve_right(first, matrix[half:, :half])
     return Blocked(first, below, factorise(matrix[half:, half:] - dot(below, below.T)))
 
 
@@ -67,40 +65,40 @@ def pivots(factor: Factor) -> jax.Array:
 
 def solve(factor: Factor, rhs: jax.Array) -> jax.Array:
     """Return the solution of $L L^T x = b$ for a vector."""
-    return _backward(factor, _forward(factor, rhs))
+    return backward(factor, forward(factor, rhs))
 
 
-def _forward(factor: Factor, rhs: jax.Array) -> jax.Array:
+def forward(factor: Factor, rhs: jax.Array) -> jax.Array:
     """Solve $L x = b$."""
     if not isinstance(factor, Blocked):
         return lax.linalg.triangular_solve(
-            factor, rhs[:, None], left_side=True, lower=True
+            factor.T, rhs[:, None], left_side=True, lower=True
         )[:, 0]
     half = factor.below.shape[1]
-    first = _forward(factor.first, rhs[:half])
-    second = _forward(factor.second, rhs[half:] - dot(factor.below, first))
+    first = forward(factor.first, rhs[:half])
+    second = forward(factor.second, rhs[half:] - dot(factor.below, first))
     return jnp.concatenate([first, second])
 
 
-def _backward(factor: Factor, rhs: jax.Array) -> jax.Array:
+def backward(factor: Factor, rhs: jax.Array) -> jax.Array:
     """Solve $L^T x = b$."""
     if not isinstance(factor, Blocked):
         return lax.linalg.triangular_solve(
-            factor, rhs[:, None], left_side=True, lower=True, transpose_a=True
+            factor.T, rhs[:, None], left_side=True, lower=True, transpose_a=True
         )[:, 0]
     half = factor.below.shape[1]
-    second = _backward(factor.second, rhs[half:])
-    first = _backward(factor.first, rhs[:half] - dot(second, factor.below))
+    second = backward(factor.second, rhs[half:])
+    first = backward(factor.first, rhs[:half] - dot(second, factor.below))
     return jnp.concatenate([first, second])
 
 
-def _solve_right(factor: Factor, rhs: jax.Array) -> jax.Array:
+def solve_right(factor: Factor, rhs: jax.Array) -> jax.Array:
     """Solve $X L^T = B$ for a matrix."""
     if not isinstance(factor, Blocked):
         return lax.linalg.triangular_solve(
-            factor, rhs, left_side=False, lower=True, transpose_a=True
+            factor.T, rhs, left_side=False, lower=True, transpose_a=True
         )
     half = factor.below.shape[1]
-    first = _solve_right(factor.first, rhs[:, :half])
+    first = solve_right(factor.first, rhs[:, :half])
     rest = rhs[:, half:] - dot(first, factor.below.T)
-    return jnp.concatenate([first, _solve_right(factor.second, rest)], axis=1)
+    return jnp.concatenate([first, solve_right(factor.second, rest)], axis=1)

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from efcp_jax import _positions as positions
+from efcp_jax._description import Description
 from efcp_jax.compressors.identity import IdentitySpace
 from efcp_jax.compressors.low_rank import LowRankRow, LowRankSpace
 from efcp_jax.compressors.top_k import SparseRow, SparseSpace
-from efcp_jax.placement import Description
 
 
 def convert(state: Any, source: Description, target: Description) -> Any:

@@ -21,7 +21,6 @@ class Compressed(NamedTuple):
     Attributes:
         row: The row $c_t / s$, entries of magnitude at most about 1.
         scale: The power of two $s$, a scalar; 0 for a zero gradient.
-        vector: $c_t$ in working form.
         error: $e_{t+1}$, or None without error feedback.
         basis: The basis of the next step, or None.
         finite: Whether all entries of $g_t$ on this device are finite.
@@ -29,7 +28,6 @@ class Compressed(NamedTuple):
 
     row: chex.ArrayTree
     scale: jax.Array
-    vector: chex.ArrayTree
     error: chex.ArrayTree | None
     basis: chex.ArrayTree | None
     finite: jax.Array
@@ -72,12 +70,11 @@ def compress(
     else:
         scale = inverse = jnp.ones((), space.layout.dtype)
     row, basis = space.compress(total, basis, inverse)
-    vector = jax.tree.map(lambda leaf: leaf * scale, space.expand(row))
     if error is not None:
         rest = space.residual(total, row, jnp.where(accept, scale, 0))
         # An infinity in the error would make every later step non-finite.
         error = jax.tree.map(lambda a, e: cast(a, e.dtype), rest, error)
-    return Compressed(row, scale, vector, error, basis, finite)
+    return Compressed(row, scale, error, basis, finite)
 
 
 def _total(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, placement
+from efcp_jax import _description, _validate, placement
 from efcp_jax._boxes import strip_boxes
 from efcp_jax.compressors import Compressor, Space
 
@@ -36,7 +36,7 @@ def transformation(
         _validate.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
-        return placement.start(init, space, placed, specs(space))
+        return _description.start(init, space, placed, specs(space))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -48,7 +48,7 @@ def transformation(
         placed = placement.find(like, sharding)
         space = space_of(updates, _state_dtype(state), placed)
         local = jax.eval_shape(lambda: init(space))
-        made = placement.global_arrays(local, specs(space), placed)
+        made = _description.global_arrays(local, specs(space), placed)
         _validate.same_state(state, made, updates)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)

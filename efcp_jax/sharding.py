@@ -48,8 +48,8 @@ import optax
 
 from efcp_jax import placement
 from efcp_jax._boxes import strip_boxes
+from efcp_jax._description import Description, describing
 from efcp_jax._reshard import convert
-from efcp_jax.placement import Description
 
 
 def state_shardings(
@@ -118,7 +118,7 @@ def state_shardings(
     )
     if mesh is None:
         given = jax.tree.map(lambda _: alone, params)
-    with placement.describing():
+    with describing():
         return optax.tree.map_params(
             tx,
             lambda leaf, at: leaf if isinstance(leaf, optax.MaskedNode) else at,
@@ -220,7 +220,7 @@ def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
     found = []
 
     def init(tree):
-        with placement.describing():
+        with describing():
             state = tx.init(tree)
         found.append(
             jax.tree.map(

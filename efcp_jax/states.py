@@ -40,6 +40,8 @@ class ScaleByMfacState(NamedTuple):
         window: The last m compressed gradients.
         gram: Inner products of the window's stored rows, shape `(m, m)`; a tree of such
             matrices where the compressor is block diagonal.
+        factor: What is kept of the factorisation of each m x m system for the steps to
+            come, or None.
     """
 
     count: jax.Array
@@ -48,6 +50,7 @@ class ScaleByMfacState(NamedTuple):
     basis: chex.ArrayTree | None
     window: Window
     gram: chex.ArrayTree
+    factor: chex.ArrayTree | None
 
 
 class ScaleByGgtState(NamedTuple):
@@ -59,3 +62,4 @@ class ScaleByGgtState(NamedTuple):
     basis: chex.ArrayTree | None
     window: Window
     gram: chex.ArrayTree
+    factor: chex.ArrayTree | None

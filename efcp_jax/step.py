@@ -23,9 +23,12 @@ from efcp_jax.window import Window
 # Default number of rows, for every transformation and alias.
 WINDOW_SIZE = 64
 
-# Returns the coefficients of the stored rows from the Gram matrix, the window behind
-# the insertion, the slot of the newest row and the values of the hyperparameters.
-_Coefficients = Callable[[jax.Array, Window, jax.Array, dict[str, Any]], jax.Array]
+# Returns the coefficients of the stored rows, and what to keep, from the Gram matrix,
+# what was kept, the window behind the insertion, the slot of the newest row and the
+# values of the hyperparameters.
+_Coefficients = Callable[
+    [jax.Array, Any, Window, jax.Array, dict[str, Any]], tuple[jax.Array, Any]
+]
 
 
 def compressed(
@@ -54,17 +57,26 @@ def compressed(
     def step(space: Space, updates, state: ErrorFeedbackState, values):
         del values
         layout = space.layout
+        guarded = skip_nonfinite and not layout.axes
         new = feedback.compress(
-            space, updates, state.error, state.basis, scaled=not layout.axes
+            space,
+            updates,
+            state.error,
+            state.basis,
+            scaled=not layout.axes,
+            guarded=guarded,
         )
         accept = jnp.asarray(True)
         if skip_nonfinite:
             accept = layout.sum(jnp.where(new.finite, 0, 1)) == 0
-        update = jax.tree.map(lambda c: jnp.where(accept, c, 0), new.vector)
+        update = jax.tree.map(
+            lambda c: jnp.where(accept, c * new.scale, 0), space.expand(new.row)
+        )
+        error: Any = new.error if guarded else _select(accept, new.error, state.error)
         return space.unpack(update), ErrorFeedbackState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             skipped=_count_skipped(state.skipped, accept),
-            error=_select(accept, new.error, state.error),
+            error=error,
             basis=_select(accept, new.basis, state.basis),
         )
 
@@ -74,6 +86,7 @@ def compressed(
 def preconditioned(
     state_type: type,
     coefficients: _Coefficients,
+    keep: Callable[[int, Any], Any],
     hyperparameters: dict[str, Any],
     *,
     window_size: int | None,
@@ -106,11 +119,13 @@ def preconditioned(
             basis=basis,
             window=windows.empty(space, size, dtype),
             gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
+            factor=jax.tree.map(jnp.copy, space.grams(keep(size, dtype))),
         )
 
     def specs(space: Space):
         vector, row, basis = space.specs()
         one: Any = PartitionSpec()
+        factor = jax.eval_shape(lambda: keep(size, space.layout.dtype))
         return state_type(
             count=one,
             skipped=one,
@@ -118,6 +133,7 @@ def preconditioned(
             basis=basis,
             window=Window(rows=row, scale=one, slot=one, filled=one),
             gram=space.grams(one),
+            factor=space.grams(jax.tree.map(lambda _: one, factor)),
         )
 
     def step(space: Space, updates, state, values):
@@ -153,7 +169,12 @@ def preconditioned(
             state.gram,
             products,
         )
-        weights = jax.tree.map(lambda k: coefficients(k, window, slot, values), gram)
+        solved = jax.tree.map(
+            lambda k, kept: coefficients(k, kept, window, slot, values),
+            gram,
+            state.factor,
+        )
+        weights = jax.tree.map(lambda _, new: new[0], gram, solved)
         weights = jax.tree.map(lambda w: jnp.where(accept, w, 0), weights)
         error = new.error if guarded else _select(accept, new.error, state.error)
         return space.update(window.rows, weights), state_type(
@@ -163,6 +184,7 @@ def preconditioned(
             basis=_select(accept, new.basis, state.basis),
             window=window,
             gram=gram,
+            factor=jax.tree.map(lambda _, new: new[1], gram, solved),
         )
 
     return transformation(compressor, init, specs, step, hyperparameters, sharding)

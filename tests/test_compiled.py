@@ -1,5 +1,6 @@
 """Facts about the compiled step of sparse M-FAC, read off the program."""
 
+import math
 import re
 
 import chex
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import efcp_jax
+from efcp_jax import _system
 
 
 WINDOW = 48
@@ -88,6 +90,24 @@ def test_temporaries_do_not_grow_with_the_window(compiled):
     program, state = compiled
     # At a density of 5% the selection looks at a quarter of the entries more than once.
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * bytes_of(state.error)
+
+
+def test_factor_of_a_large_window_is_carried_without_a_copy():
+    window = _system._SMALLEST
+    tx = efcp_jax.scale_by_mfac(window, compressor=efcp_jax.top_k(0.05))
+    params = jax.ShapeDtypeStruct((SIZE,), jnp.float32)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(tx.update, donate_argnums=1)
+    program = compiled_as_by_default(step.lower(params, state))
+    assert program.memory_analysis().alias_size_in_bytes == bytes_of(state)
+    blocks = [leaf for leaf in jax.tree.leaves((state.factor, state.gram)) if leaf.ndim]
+    sizes = {leaf.size for leaf in blocks if leaf.size > 128**2}
+    assert len(sizes) > 2
+    entry = program.as_text().split("ENTRY")[1]
+    # XLA copies as such, and by fusions that are named after what they do.
+    copies = re.findall(r"%(\S*copy\S*|\S*transpose\S*) = \w+\[([\d,]+)\]", entry)
+    for name, shape in copies:
+        assert math.prod(map(int, shape.split(","))) not in sizes, name
 
 
 def test_no_sort_and_no_selection_over_a_whole_vector(compiled):

@@ -51,7 +51,8 @@ def history(name, accept=(True,) * STEPS):
             products = windows.inner(space, before, new.row)
             after = windows.insert(before, new.row, new.scale, accepted)
             stored = [space.unpack(space.expand(windows.read(after, i))) for i in SLOTS]
-            vector = space.unpack(new.vector)
+            row = space.expand(new.row)
+            vector = space.unpack(jax.tree.map(lambda x: x * new.scale, row))
             step = Step(before, after, stored, products, new.scale)
             return (after, new.basis), (step, vector)
 
