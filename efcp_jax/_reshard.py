@@ -7,9 +7,10 @@ import numpy as np
 
 from efcp_jax import _positions as positions
 from efcp_jax._description import Description
+from efcp_jax.compressors._entries import SparseRow, Storage, Stored
 from efcp_jax.compressors.identity import IdentitySpace
 from efcp_jax.compressors.low_rank import LowRankRow, LowRankSpace
-from efcp_jax.compressors.top_k import SparseRow, SparseSpace
+from efcp_jax.compressors.top_k import SparseSpace
 
 
 def convert(state: Any, source: Description, target: Description) -> Any:
@@ -33,11 +34,11 @@ def convert(state: Any, source: Description, target: Description) -> Any:
 
 def _check(state: Any, source: Description, target: Description) -> None:
     """Raise unless the two states differ in their layout only."""
-    if jax.tree.structure(source.arrays) != jax.tree.structure(target.arrays):
+    structures = [_structure(each) for each in (source, target)]
+    if structures[0] != structures[1]:
         raise ValueError(
             "`source` and `target` make states of different structure:"
-            f" {jax.tree.structure(source.arrays)} and"
-            f" {jax.tree.structure(target.arrays)}."
+            f" {structures[0]} and {structures[1]}."
         )
     pairs = zip(jax.tree.leaves(source.arrays), jax.tree.leaves(state), strict=True)
     for made, received in pairs:
@@ -61,6 +62,14 @@ def _check(state: Any, source: Description, target: Description) -> None:
         )
 
 
+def _structure(description: Description) -> Any:
+    """Return the structure of the state, whichever way entries are stored."""
+    arrays, space = description.arrays, description.space
+    if isinstance(space, SparseSpace) and hasattr(arrays, "window"):
+        arrays = arrays._replace(window=arrays.window._replace(rows=None))
+    return type(space), jax.tree.structure(arrays)
+
+
 def _inverse(places: np.ndarray) -> np.ndarray:
     """Return where each position is in `places`, -1 where it is not."""
     flat = places.reshape(-1)
@@ -79,11 +88,26 @@ def _take(array: Any, index: np.ndarray, axis: int) -> np.ndarray:
     return np.where(index.reshape(shape) >= 0, taken, np.zeros((), array.dtype))
 
 
+def _load(stored: Stored, storage: Storage) -> tuple[np.ndarray, np.ndarray]:
+    """Do what `Storage.load` does on the host."""
+    if isinstance(stored, SparseRow):
+        return np.asarray(stored.values), np.asarray(stored.offsets)
+    words = np.asarray(stored)
+    return words.astype(np.uint16).view(storage.values), words >> 16
+
+
+def _store(values: np.ndarray, offsets: np.ndarray, storage: Storage) -> Any:
+    """Do what `Storage.store` does on the host."""
+    if not storage.words:
+        return SparseRow(values, offsets.astype(storage.offsets))  # pyright: ignore
+    return offsets.astype(np.uint32) << 16 | values.view(np.uint16)
+
+
 class _Blocks:
     """Dense and sparse rows."""
 
     def __init__(self, old: IdentitySpace | SparseSpace, new: Any) -> None:
-        self.new = new
+        self.old, self.new = old, new
         self.old_places = positions.of_blocks(old.blocks)
         self.new_places = positions.of_blocks(new.blocks)
         self.inverse = _inverse(self.old_places)
@@ -112,17 +136,16 @@ class _Blocks:
     def rows(self, rows: Any) -> Any:
         if (blocks := self.blocks) is not None:
             return jax.tree.map(lambda leaf: _take(leaf, blocks, 0), rows)
-        if isinstance(rows, SparseRow):
-            return self._sparse(rows)
+        if isinstance(self.old, SparseSpace):
+            return self._sparse(rows, self.old.storage)
         rows = np.asarray(rows)
         return np.stack([self.vector(rows[:, i]) for i in range(rows.shape[1])], axis=1)
 
-    def _sparse(self, rows: SparseRow) -> SparseRow:
-        values, offsets = np.asarray(rows.values), np.asarray(rows.offsets)
+    def _sparse(self, rows: Stored, storage: Storage) -> Stored:
+        values, offsets = _load(rows, storage)
         size, kept = values.shape[1], self.new.kept
         shape = (self.new_places.shape[0], size, kept)
-        dtype = self.new.zeros()[1].offsets.dtype
-        new_values, new_offsets = np.zeros(shape, values.dtype), np.zeros(shape, dtype)
+        new_values, new_offsets = np.zeros(shape, values.dtype), np.zeros(shape, int)
         for row in range(size):
             dense = np.zeros(self.old_places.shape, values.dtype)
             at = offsets[:, row].astype(np.int64)
@@ -140,8 +163,7 @@ class _Blocks:
                 )
             new_values[block, row, rank] = moved[block, offset]
             new_offsets[block, row, rank] = offset
-        moved_rows: Any = (new_values, new_offsets)
-        return SparseRow(*moved_rows)
+        return _store(new_values, new_offsets, self.new.storage)
 
 
 class _Factors:

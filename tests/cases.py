@@ -1,5 +1,6 @@
 """The compressors, models, gradients and runs that the tests share."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import oracles
 
 import efcp_jax
+from efcp_jax.compressors import TopK
 from efcp_jax.placement import layout
 
 
@@ -30,6 +32,8 @@ TOP_K = {
     "top_k": {"density": 0.1},
     "top_k-blocks": {"density": 0.25, "block_size": 16},
     "top_k-blocks-bf16": {"density": 0.25, "block_size": 16, "value_dtype": BF16},
+    "top_k-words-bf16": {"density": 0.25, "block_size": 16, "value_dtype": BF16},
+    "top_k-words-f16": {"density": 0.1, "value_dtype": jnp.float16},
     "top_k-all": {"density": 1.0},
 }
 LOW_RANK = {
@@ -38,9 +42,26 @@ LOW_RANK = {
     "low_rank-per-leaf": {"rank": 2, "block_diagonal": True},
     "low_rank-all": {"rank": 100},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(TopK):
+    """Sparse rows of words, as blocks have them that are larger than these models."""
+
+    def bind(self, layout):
+        space = super().bind(layout)
+        storage = dataclasses.replace(space.storage, offsets=jnp.dtype(jnp.uint16))
+        assert storage.words
+        return dataclasses.replace(space, storage=storage)
+
+
+def sparse(name: str, given: dict[str, Any]) -> TopK:
+    return (Words if "words" in name else TopK)(**given)
+
+
 COMPRESSORS = {
     **{name: efcp_jax.identity(**given) for name, given in IDENTITY.items()},
-    **{name: efcp_jax.top_k(**given) for name, given in TOP_K.items()},
+    **{name: sparse(name, given) for name, given in TOP_K.items()},
     **{name: efcp_jax.low_rank(**given) for name, given in LOW_RANK.items()},
 }
 # One of each representation, for what does not depend on their options.

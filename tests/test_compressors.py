@@ -13,7 +13,7 @@ import pytest
 
 import efcp_jax
 from efcp_jax.compressors import ROW_AXIS, Compressor
-from efcp_jax.compressors.top_k import offset_dtype
+from efcp_jax.compressors._entries import offset_dtype
 from efcp_jax.placement import layout
 
 
@@ -63,8 +63,10 @@ def facts(name) -> Facts:
         matrices = {"combine": matrix(combine, space.grams(weights), space.unpack)}
         if name not in cases.LOW_RANK:
             # What a row is linear in: its values, the offsets being held fixed.
-            values = row.values if is_sparse else row
-            rebuild = lambda v: row._replace(values=v) if is_sparse else v
+            values, rebuild = row, lambda v: v
+            if is_sparse:
+                values, offsets = space.storage.load(row, space.layout.dtype)
+                rebuild = lambda v: space.storage.store(v, offsets)
             inner = lambda v: space.inner(window, rebuild(v))
             expand = lambda v: space.expand(rebuild(v))
             matrices["inner"] = matrix(inner, values)

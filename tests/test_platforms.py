@@ -18,6 +18,7 @@ COMPRESSORS = {
     "top_k": efcp_jax.top_k(0.1),
     # Blocks that leaves share, and several of them.
     "top_k-blocks-bf16": efcp_jax.top_k(0.2, block_size=5, value_dtype=jnp.bfloat16),
+    "top_k-words": cases.COMPRESSORS["top_k-words-bf16"],
     "low_rank": efcp_jax.low_rank(2),
 }
 

@@ -250,6 +250,38 @@ def test_a_restart_on_other_devices_goes_on_with_equal_results(
     assert cases.worst(found, expected) < 100 * np.finfo(np.float32).eps
 
 
+def test_rows_move_between_ways_to_store_entries():
+    """Offsets of an eighth of the parameters fit a word, those of all do not."""
+    size, ways = 80_000, 8
+    tx = efcp_jax.scale_by_mfac(
+        3, compressor=efcp_jax.top_k(0.01, value_dtype=jnp.bfloat16)
+    )
+    on = lambda count: jax.device_put(
+        {"w": np.zeros(size, np.float32)},
+        NamedSharding(mesh_of(shape=(count,), names=("x",)), P()),
+    )
+    many, one = on(ways), on(1)
+    state, generator = tx.init(many), np.random.default_rng(0)
+    for _ in range(2):
+        gradient = {"w": generator.standard_normal(size).astype(np.float32)}
+        gradient = jax.device_put(gradient, many["w"].sharding)
+        _, state = jax.jit(tx.update)(gradient, state, many)
+    words = np.asarray(state.window.rows)
+    assert words.dtype == np.uint32
+    moved = reshard_state(state, (tx, many), (tx, one)).window.rows
+    values, offsets = map(np.asarray, moved)
+    assert offsets.dtype == np.int32
+    before, after = (np.zeros((3, size), np.float32) for _ in range(2))
+    for block, slot, entry in np.ndindex(words.shape):
+        word = words[block, slot, entry]
+        value = np.uint32(word << 16).view(np.float32)
+        before[slot, block * (size // ways) + (word >> 16)] += value
+    for slot, entry in np.ndindex(values.shape[1:]):
+        after[slot, offsets[0, slot, entry]] += np.float32(values[0, slot, entry])
+    assert np.count_nonzero(before[:2]) == 2 * ways * round(0.01 * size / ways)
+    np.testing.assert_array_equal(before, after)
+
+
 def test_equal_shapes_restore_directly_onto_other_devices(tmp_path):
     tx = cases.ALIASES["sparse_mfac"]()
     params = {n: jnp.zeros((32, 8)) for n in "uv"}  # 128 blocks

@@ -243,3 +243,36 @@ def test_optimizers_keep_a_factor_for_every_matrix(block_diagonal):
     assert count == (2 if block_diagonal else 1)
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(forgotten), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_devices_keep_the_factor_of_one_device():
+    size, steps = _system._SMALLEST, 4
+    rng = np.random.default_rng(9)
+    gradients = rng.standard_normal((steps, 64)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    replicated = jax.NamedSharding(mesh, jax.P())
+    found = {}
+    for name, place in {
+        "one": lambda x: x,
+        "many": lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("x"))),
+    }.items():
+        params = place(jnp.zeros(64))
+        # One block a device, so that both keep the same entries.
+        blocks = efcp_jax.top_k(0.25, block_size=8)
+        tx = efcp_jax.scale_by_mfac(size, 1e-2, compressor=blocks)
+        state, update = tx.init(params), jax.jit(tx.update)
+        updates = []
+        for gradient in gradients:
+            result, state = update(place(jnp.asarray(gradient)), state, params)
+            updates.append(np.asarray(result))
+        found[name] = np.stack(updates)
+        if name == "many":
+            for leaf in jax.tree.leaves(state.factor):
+                assert leaf.sharding.is_equivalent_to(replicated, leaf.ndim)
+            shardings = efcp_jax.sharding.state_shardings(tx, params)
+            assert jax.tree.structure(shardings) == jax.tree.structure(state)
+            moved = efcp_jax.sharding.reshard_state(state, (tx, params), (tx, params))
+            for a, b in zip(*map(jax.tree.leaves, (moved, state)), strict=True):
+                np.testing.assert_array_equal(a, b)
+        assert int(state.factor.run) == 0
+    np.testing.assert_allclose(found["one"], found["many"], rtol=1e-4, atol=1e-5)

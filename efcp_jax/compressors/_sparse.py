@@ -11,52 +11,60 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.compressors._entries import Stored
+
 
 # Entries of the window processed at a time. On CPUs a loop round takes as long as a few
-# thousand entries.
-_CPU_INNER = 1 << 15
+# thousand entries, and XLA spreads sums over cores from 128 thousand entries on.
+_CPU_INNER = 3 << 16
 _CPU_COMBINE = 1 << 12
 _ACCELERATOR = 1 << 24
 
 
-class SparseRow(NamedTuple):
-    """The kept entries of every block.
+class Entries(NamedTuple):
+    """The kept entries of one row, as numbers.
 
     Attributes:
-        values: The entries, shape `(blocks, k)`; a window has `(blocks, m, k)`.
-        offsets: Their positions inside the block, of the same shape, in the smallest
-            unsigned type that holds the block size.
+        values: The entries, shape `(blocks, k)`.
+        offsets: Their positions inside the block, of the same shape.
     """
 
     values: jax.Array
     offsets: jax.Array
 
 
-def inner(window: SparseRow, row: SparseRow, size: int) -> jax.Array:
+# From entries as they are stored to their values and offsets.
+_Load = Callable[[Stored], tuple[jax.Array, jax.Array]]
+
+
+def inner(window: Stored, row: Entries, size: int, load: _Load) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`.
 
     Args:
-        window: The rows, `(blocks, m, k)`.
+        window: The rows as they are stored, `(blocks, m, k)`.
         row: One more row, `(blocks, k)`, with values in the dtype of the result.
         size: Entries a block.
+        load: From entries of `window` to their values and offsets.
 
     Returns:
         Array of shape `(m,)`.
     """
     dtype = row.values.dtype
-    count, rows, kept = window.values.shape
+    count, rows, kept = _shape(window)
 
     def products(start: Any, chunk: int) -> jax.Array:
-        part, newest = _part(window, start, chunk), _slice(row, start, chunk)
+        values, offsets = load(_part(window, start, chunk))
+        newest = _slice(row, start, chunk)
         vector = scatter_add(size, newest.offsets, newest.values)
-        index = _positions(size, part.offsets)
+        index = _positions(size, offsets)
         taken = vector.reshape(-1).at[index].get(mode="promise_in_bounds")
-        return part.values.astype(dtype) * taken
+        return values * taken
 
     def on_cpu() -> jax.Array:
         # Sums of whole chunks, entry by entry, are vectorised. A sum along a row would
         # wait for each addition.
-        chunk = _chunk(window, _CPU_INNER)
+        # Where there are few blocks, what is set up for a chunk counts.
+        chunk = min(_chunk(window, _CPU_INNER), max(1, count // 8))
         add = lambda total, start, chunk: total + products(start, chunk)
         whole = count // chunk * chunk
         zeros = jnp.zeros((chunk, rows, kept), dtype)
@@ -76,9 +84,10 @@ def inner(window: SparseRow, row: SparseRow, size: int) -> jax.Array:
 
 
 def combine(
-    window: SparseRow,
+    window: Stored,
     coefficients: jax.Array,
     size: int,
+    load: _Load,
     blocks: range,
     out: jax.Array,
     place: Callable[[jax.Array, Any, jax.Array], jax.Array],
@@ -86,9 +95,10 @@ def combine(
     """Write the sums of the rows of `window`, times coefficients, into `out`.
 
     Args:
-        window: The rows, `(blocks, m, k)`.
+        window: The rows as they are stored, `(blocks, m, k)`.
         coefficients: One for each row, shape `(m,)`.
         size: Entries a block.
+        load: From entries of `window` to their values and offsets.
         blocks: The blocks that are wanted.
         out: Where they go.
         place: From `out`, a block and the sums of n blocks from there, `(n, size)`, to
@@ -99,13 +109,12 @@ def combine(
     """
     flat = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), window)
     # One coefficient for every entry of a block, so that a block is flat.
-    each = jnp.repeat(coefficients, window.values.shape[2])
+    each = jnp.repeat(coefficients, _shape(window)[2])
     first = blocks.start
 
     def write(out: jax.Array, start: Any, chunk: int) -> jax.Array:
-        part = _part(flat, first + start, chunk)
-        entries = part.values.astype(each.dtype) * each
-        return place(out, first + start, scatter_add(size, part.offsets, entries))
+        values, offsets = load(_part(flat, first + start, chunk))
+        return place(out, first + start, scatter_add(size, offsets, values * each))
 
     def sweep(entries: int) -> jax.Array:
         return _sweep(len(blocks), _chunk(window, entries), out, write)
@@ -133,9 +142,14 @@ def _positions(size: int, offsets: jax.Array) -> jax.Array:
     return offsets + first.reshape(-1, *[1] * (offsets.ndim - 1))
 
 
-def _chunk(window: SparseRow, entries: int) -> int:
+def _shape(window: Stored) -> tuple[int, ...]:
+    """Return the numbers of blocks, rows and kept entries."""
+    return jax.tree.leaves(window)[0].shape
+
+
+def _chunk(window: Stored, entries: int) -> int:
     """Return how many blocks of `window` have about `entries` entries."""
-    count, rows, kept = window.values.shape
+    count, rows, kept = _shape(window)
     return min(count, max(1, entries // (rows * kept)))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from efcp_jax import _validate
 from efcp_jax.compressors import _sparse
 from efcp_jax.compressors._blocks import Blocks
+from efcp_jax.compressors._entries import Storage, Stored
 from efcp_jax.compressors._selection import largest
-from efcp_jax.compressors._sparse import SparseRow
 from efcp_jax.layout import Layout, saturate
 
 
@@ -37,10 +37,11 @@ class TopK:
     def bind(self, layout: Layout) -> "SparseSpace":
         """Return the sparse space for trees of `layout`."""
         blocks = Blocks.of(layout, self.block_size)
+        dtype = jnp.dtype(self.value_dtype or layout.dtype)
         return SparseSpace(
             blocks=blocks,
             kept=min(blocks.size, max(1, round(self.density * blocks.size))),
-            dtype=jnp.dtype(self.value_dtype or layout.dtype),
+            storage=Storage.of(dtype, blocks.size),
         )
 
 
@@ -101,21 +102,13 @@ def top_k(
     )
 
 
-def offset_dtype(block_size: int) -> np.dtype:
-    """Return the smallest dtype that holds every offset of a block."""
-    for dtype in (jnp.uint8, jnp.uint16):
-        if block_size - 1 <= jnp.iinfo(dtype).max:
-            return jnp.dtype(dtype)
-    return jnp.dtype(jnp.int32)
-
-
 @dataclasses.dataclass(frozen=True)
 class SparseSpace:
-    """Rows of `SparseRow`; global top-k is the case of one block."""
+    """Rows `(blocks, k)`, windows `(blocks, m, k)`; global top-k is one block."""
 
     blocks: Blocks
     kept: int
-    dtype: np.dtype
+    storage: Storage
 
     @property
     def layout(self) -> Layout:  # noqa: D102
@@ -127,18 +120,14 @@ class SparseSpace:
     def unpack(self, vector: jax.Array) -> chex.ArrayTree:  # noqa: D102
         return self.blocks.unpack(vector)
 
-    def zeros(self) -> tuple[jax.Array, SparseRow, None]:  # noqa: D102
+    def zeros(self) -> tuple[jax.Array, Stored, None]:  # noqa: D102
         count, size = self.blocks.count, self.blocks.size
         vector = jnp.zeros((count, size), self.layout.dtype)
-        shape = (count, self.kept)
-        row = SparseRow(
-            jnp.zeros(shape, self.dtype), jnp.zeros(shape, offset_dtype(size))
-        )
-        return vector, row, None
+        return vector, self.storage.zeros((count, self.kept)), None
 
     def specs(self):  # noqa: D102
         spec: Any = self.blocks.spec
-        return spec, SparseRow(spec, spec), None
+        return spec, self.storage.pair(spec), None
 
     def accumulate(self, tree, vector, accept):  # noqa: D102
         return self.blocks.accumulate(tree, vector, accept)
@@ -148,43 +137,49 @@ class SparseSpace:
         # The same entries are largest whatever the factor.
         offsets = largest(vector, self.kept)
         values = jnp.take_along_axis(vector, offsets, axis=1) * factor
-        offsets = offsets.astype(offset_dtype(self.blocks.size))
-        return SparseRow(values.astype(self.dtype), offsets), None
+        return self.storage.store(values, offsets), None
 
-    def expand(self, row: SparseRow) -> jax.Array:  # noqa: D102
-        values = row.values.astype(self.layout.dtype)
-        return _sparse.scatter_add(self.blocks.size, row.offsets, values)
+    def _load(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
+        return self.storage.load(stored, self.layout.dtype)
 
-    def residual(self, vector: jax.Array, row: SparseRow, scale: jax.Array):  # noqa: D102
+    def expand(self, row: Stored) -> jax.Array:  # noqa: D102
+        values, offsets = self._load(row)
+        return _sparse.scatter_add(self.blocks.size, offsets, values)
+
+    def residual(self, vector: jax.Array, row: Stored, scale: jax.Array):  # noqa: D102
+        values, offsets = self._load(row)
         # k entries a block change, so the vector is updated where it lies. Rounded up,
         # the largest ones may overflow.
         block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
-        taken = saturate(scale * row.values.astype(vector.dtype), vector.dtype)
-        return vector.at[block, row.offsets.astype(jnp.int32)].add(
+        taken = saturate(scale * values.astype(vector.dtype), vector.dtype)
+        return vector.at[block, offsets.astype(jnp.int32)].add(
             -taken, unique_indices=True
         )
 
-    def inner(self, window: SparseRow, row: SparseRow) -> jax.Array:  # noqa: D102
-        values = self.blocks.share(row.values.astype(self.layout.dtype))
-        row = SparseRow(values, row.offsets)
-        return _sparse.inner(window, row, self.blocks.size)
+    def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
+        values, offsets = self._load(row)
+        entries = _sparse.Entries(self.blocks.share(values), offsets)
+        return _sparse.inner(window, entries, self.blocks.size, self._load)
 
-    def combine(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
+    def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         def place(vector: jax.Array, block: Any, sums: jax.Array) -> jax.Array:
             return lax.dynamic_update_slice_in_dim(vector, sums, block, axis=0)
 
         count, size = self.blocks.count, self.blocks.size
         zeros = jnp.zeros((count, size), coefficients.dtype)
-        return _sparse.combine(window, coefficients, size, range(count), zeros, place)
+        blocks = range(count)
+        return _sparse.combine(
+            window, coefficients, size, self._load, blocks, zeros, place
+        )
 
-    def update(self, window: SparseRow, coefficients: jax.Array):  # noqa: D102
+    def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         if not self.blocks.flat:
             return self.unpack(self.combine(window, coefficients))
         return self.blocks.tree(functools.partial(self._entries, window, coefficients))
 
     def _entries(
         self,
-        window: SparseRow,
+        window: Stored,
         coefficients: jax.Array,
         start: int,
         stop: int,
@@ -192,7 +187,9 @@ class SparseSpace:
     ) -> jax.Array:
         """Return the entries `start` to `stop` of `combine`, laid end to end."""
         size = self.blocks.size
-        combine = functools.partial(_sparse.combine, window, coefficients, size)
+        combine = functools.partial(
+            _sparse.combine, window, coefficients, size, self._load
+        )
 
         def place(out: jax.Array, block: Any, sums: jax.Array) -> jax.Array:
             at = block * size - start

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
+from efcp_jax.compressors._entries import Storage
+
 
 matplotlib.use("Agg")
 
 # Leaves of the models: large enough for low rank, small enough for muon on a CPU.
 MATRIX = (1024, 256)
+
+# How windows of the compressors that are measured are stored.
+WORDS = Storage(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.uint16))
 
 
 def model(size):
@@ -43,18 +48,18 @@ def filled(state):
     Offsets differ, as they do in training: additions to one place would wait for each
     other.
     """
-    rows, window_size = state.window.rows, len(state.gram)
-    kept = rows.offsets.shape[2]
-    step = state.error.shape[1] // kept
-    shift = jax.random.randint(jax.random.key(1), rows.offsets.shape, 0, step)
-    offsets = (step * jnp.arange(kept) + shift).astype(rows.offsets.dtype)
-    rows = rows._replace(values=random_like(rows.values), offsets=offsets)
+    window_size = len(state.gram)
+    shape = state.window.rows.shape
+    step = state.error.shape[1] // shape[2]
+    shift = jax.random.randint(jax.random.key(1), shape, 0, step)
+    offsets = step * jnp.arange(shape[2]) + shift
+    values = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     window = state.window._replace(
-        rows=rows,
+        rows=WORDS.store(values, offsets),
         scale=jnp.ones_like(state.window.scale),
         filled=jnp.int32(window_size),
     )
-    gram = kept * len(rows.offsets) * jnp.eye(window_size)
+    gram = shape[2] * len(state.error) * jnp.eye(window_size)
     return state._replace(window=window, gram=gram)
 
 
