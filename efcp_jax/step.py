@@ -57,15 +57,7 @@ def compressed(
     def step(space: Space, updates, state: ErrorFeedbackState, values):
         del values
         layout = space.layout
-        guarded = skip_nonfinite and not layout.axes
-        new = feedback.compress(
-            space,
-            updates,
-            state.error,
-            state.basis,
-            scaled=not layout.axes,
-            guarded=guarded,
-        )
+        new, guarded = _compress(space, updates, state, skip_nonfinite)
         accept = jnp.asarray(True)
         if skip_nonfinite:
             accept = layout.sum(jnp.where(new.finite, 0, 1)) == 0
@@ -138,19 +130,10 @@ def preconditioned(
 
     def step(space: Space, updates, state, values):
         layout, slot = space.layout, state.window.slot
-        # On one device it is known before anything is changed whether to skip, and the
-        # row is inserted first: all reading behind the writing needs no copy.
-        guarded = skip_nonfinite and not layout.axes
-        new = feedback.compress(
-            space,
-            updates,
-            state.error,
-            state.basis,
-            scaled=not layout.axes,
-            guarded=guarded,
-        )
+        new, guarded = _compress(space, updates, state, skip_nonfinite)
         accept, window = jnp.asarray(True), state.window
         if not layout.axes:
+            # The row is inserted first: all reading behind the writing needs no copy.
             accept = new.finite if skip_nonfinite else accept
             window = windows.insert(window, new.row, new.scale, accept)
             products = space.inner(window.rows, new.row)
@@ -188,6 +171,21 @@ def preconditioned(
         )
 
     return transformation(compressor, init, specs, step, hyperparameters, sharding)
+
+
+def _compress(
+    space: Space, updates: Any, state: Any, skip_nonfinite: bool
+) -> tuple[feedback.Compressed, bool]:
+    """Return the compressed gradient, and whether its error is guarded already.
+
+    On one device it is known before anything is changed whether to skip.
+    """
+    alone = not space.layout.axes
+    guarded = skip_nonfinite and alone
+    new = feedback.compress(
+        space, updates, state.error, state.basis, scaled=alone, guarded=guarded
+    )
+    return new, guarded
 
 
 def _compressor(compressor: Compressor | None) -> Compressor:
