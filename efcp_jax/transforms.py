@@ -142,7 +142,8 @@ def scale_by_mfac(
         from m = 512 on 0.7 m^2 more for a factorisation that serves many steps.
         Time: one compression, two passes over the window and m^3 / 3 operations; with
         the factorisation that is kept 2 m^2 on CPUs, and m^3 / 3 once in 64 steps or
-        when the damping has changed.
+        when the damping has changed. On GPUs the host reads one boolean a step: whether
+        the m x m matrix is singular to within rounding.
         Accuracy: the relative error is the rounding unit times the condition number of
         $\lambda I + K / m$ scaled to unit diagonal; nearly dependent rows with tiny
         $\lambda$ are treated as dependent from about 1e6 on in float32.
