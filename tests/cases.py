@@ -33,7 +33,6 @@ TOP_K = {
     "top_k-blocks": {"density": 0.25, "block_size": 16},
     "top_k-blocks-bf16": {"density": 0.25, "block_size": 16, "value_dtype": BF16},
     "top_k-words-bf16": {"density": 0.25, "block_size": 16, "value_dtype": BF16},
-    "top_k-words-f16": {"density": 0.1, "value_dtype": jnp.float16},
     "top_k-all": {"density": 1.0},
 }
 LOW_RANK = {
