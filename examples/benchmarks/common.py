@@ -64,10 +64,15 @@ def filled(state):
 
 
 def interleaved(calls, runs):
-    """Return the median milliseconds of every call, run in turns after a warm-up."""
+    """Return the median milliseconds of every call, run in turns after a warm-up.
+
+    Each is called twice and timed the second time: the first one finds the caches, and
+    the memory that the process holds, as another call has left them.
+    """
     times = {name: [] for name in calls}
     for turn in range(runs + 1):
         for name, call in calls.items():
+            jax.block_until_ready(call())
             time.sleep(0.02)  # the threads of the last call may still spin
             start = time.perf_counter()
             jax.block_until_ready(call())
