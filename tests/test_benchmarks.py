@@ -22,9 +22,10 @@ def load(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_step_benchmark_covers_every_optimizer_and_stage(load, tmp_path):
-    load("step").main(["--sizes", "6000,4,0.05,2", "--runs", "1", "--block-size=512",
-                       "--output", str(tmp_path)])  # fmt: skip
+@pytest.mark.parametrize("block_size", [200, 512])  # two arrays, and one of words
+def test_step_benchmark_covers_every_optimizer_and_stage(load, tmp_path, block_size):
+    load("step").main(["--sizes", "6000,4,0.05,2", "--runs", "1", "--output",
+                       str(tmp_path), "--block-size", str(block_size)])  # fmt: skip
     written = json.loads((tmp_path / "step.json").read_text())
     (result,) = written["results"]
     expected = {"sparse M-FAC", "low-rank M-FAC", "dense M-FAC", "AdamW", "muon"}

@@ -17,9 +17,6 @@ matplotlib.use("Agg")
 # Leaves of the models: large enough for low rank, small enough for muon on a CPU.
 MATRIX = (1024, 256)
 
-# How windows of the compressors that are measured are stored.
-WORDS = Storage(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.uint16))
-
 
 def model(size):
     """Return `size` parameters, matrices of one shape and a vector of the rest."""
@@ -45,17 +42,20 @@ def bytes_of(tree):
 def filled(state):
     """Return the sparse `state` with a full window of rows that are nearly orthogonal.
 
+    Values are of bfloat16.
+
     Offsets differ, as they do in training: additions to one place would wait for each
     other.
     """
     window_size = len(state.gram)
-    shape = state.window.rows.shape
-    step = state.error.shape[1] // shape[2]
+    shape = jax.tree.leaves(state.window.rows)[0].shape
+    block_size = state.error.shape[1]
+    step = block_size // shape[2]
     shift = jax.random.randint(jax.random.key(1), shape, 0, step)
     offsets = step * jnp.arange(shape[2]) + shift
     values = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     window = state.window._replace(
-        rows=WORDS.store(values, offsets),
+        rows=Storage.of(values.dtype, block_size).store(values, offsets),
         scale=jnp.ones_like(state.window.scale),
         filled=jnp.int32(window_size),
     )
