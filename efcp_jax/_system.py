@@ -14,7 +14,8 @@ errors and no more, however many steps it serves.
 Instead of moving rows, $A$ has the run's rows and columns of the identity.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -132,14 +133,19 @@ def solve(
                 kept._replace(run=jnp.int32(-1)),
             ),
         )
-    # A loop of at most one round: unlike `lax.cond`, under `vmap` it does not run the
-    # remedy unless some member of the batch needs it.
-    _, solution = lax.while_loop(
-        lambda carry: jnp.logical_not(carry[0]),
-        lambda _: (jnp.asarray(True), _remedy(system, inverse, slot)),
-        (sound, solution),
-    )
-    return solution, kept
+    remedy = lambda: _remedy(system, inverse, slot)
+    return _unless(sound, solution, remedy), kept
+
+
+def _unless(good: jax.Array, value: Any, make: Callable[[], Any]) -> Any:
+    """Return `value` if it is `good`, else what `make` makes in its place.
+
+    A loop of at most one round: unlike `lax.cond`, under `vmap` it makes nothing unless
+    some member of the batch needs it, and XLA carries arrays through it without a copy.
+    """
+    bad = jnp.logical_not(good)
+    body = lambda _: (jnp.asarray(False), make())
+    return lax.while_loop(lambda carry: carry[0], body, (bad, value))[1]
 
 
 def _afresh(system: System, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -159,21 +165,20 @@ def _resumed(
     place = jnp.arange(system.size) - run
     inside = (place >= 0) & (place < _RUN)
 
-    def renew(_: tuple[jax.Array, Kept]) -> tuple[jax.Array, Kept]:
+    def renew() -> Kept:
         eye = jnp.eye(system.size, dtype=system.gram.dtype)
         rows = jnp.where(inside | inside[:, None], eye, system.rows(0, system.size))
         factor = _cholesky.factorise(rows.T)
         coupling = jnp.where(inside, 0, system.rows(run, _RUN))
         coupling = _cholesky.solve_right(factor, coupling)
         new = Kept(run, damping, system.divisor, factor, coupling)
-        return jnp.asarray(False), jax.tree.map(jnp.ravel, new)
+        return jax.tree.map(jnp.ravel, new)
 
-    same = (kept.run == run) & (kept.damping == damping)
-    outdated = jnp.logical_not(same & (kept.divisor == system.divisor))
-    # A loop of at most one round: XLA carries its arrays without a copy. Flat ones have
-    # only one layout; matrices would be transposed for LAPACK in front of every step.
-    flat = jax.tree.map(jnp.ravel, kept)
-    _, flat = lax.while_loop(lambda carry: carry[0], renew, (outdated, flat))
+    valid = (kept.run == run) & (kept.damping == damping)
+    valid &= kept.divisor == system.divisor
+    # Flat arrays have only one layout. Matrices would be transposed for LAPACK in front
+    # of every step.
+    flat = _unless(valid, jax.tree.map(jnp.ravel, kept), renew)
     kept = jax.tree.map(lambda array, like: array.reshape(like.shape), flat, kept)
     # Right behind a renewal too, so that the result is the same whenever that was.
     row = jnp.where(inside, 0, system.rows(slot, 1)[0])

@@ -34,11 +34,6 @@ from efcp_jax._dot import dot
 _HEADROOM = 8.0
 
 
-def kept_factor(size: int, dtype: jax.typing.DTypeLike) -> _system.Kept | None:
-    """Return what `mfac_coefficients` is given at the first step."""
-    return _system.empty(size, dtype)
-
-
 def mfac_coefficients(
     gram: jax.Array,
     scale: jax.Array,
@@ -60,8 +55,9 @@ def mfac_coefficients(
         slot: $j$, the slot of the newest row, int32.
         damping: $\lambda \ge 0$, in the unit of a squared gradient entry.
         divisor: $n$, the number of rows the Fisher matrix is averaged over.
-        kept: What the step before has left of its factorisation, or None. Between two
-            steps no row may change but that at $j$.
+        kept: What the step before has left of its factorisation, `_system.empty` in
+            front of the first, or None. Between two steps no row may change but that at
+            $j$.
 
     Returns:
         Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`, and what

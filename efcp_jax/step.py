@@ -157,8 +157,9 @@ def preconditioned(
             gram,
             state.factor,
         )
-        weights = jax.tree.map(lambda _, new: new[0], gram, solved)
-        weights = jax.tree.map(lambda w: jnp.where(accept, w, 0), weights)
+        weights = jax.tree.map(
+            lambda _, new: jnp.where(accept, new[0], 0), gram, solved
+        )
         error = new.error if guarded else _select(accept, new.error, state.error)
         return space.update(window.rows, weights), state_type(
             count=optax.safe_increment(state.count),

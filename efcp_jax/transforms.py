@@ -7,13 +7,9 @@ import jax
 from jax.core import Tracer
 import optax
 
-from efcp_jax import _validate, gram as grams
+from efcp_jax import _system, _validate, gram as grams
 from efcp_jax.compressors import Compressor
-from efcp_jax.preconditioners import (
-    ggt_coefficients,
-    kept_factor,
-    mfac_coefficients,
-)
+from efcp_jax.preconditioners import ggt_coefficients, mfac_coefficients
 from efcp_jax.states import ScaleByGgtState, ScaleByMfacState
 from efcp_jax.step import compressed, preconditioned
 from efcp_jax.window import Window
@@ -166,7 +162,7 @@ def scale_by_mfac(
     return preconditioned(
         ScaleByMfacState,
         coefficients,
-        kept_factor,
+        _system.empty,
         {"damping": damping},
         window_size=window_size,
         compressor=compressor,

@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+from jax import lax
 import pytest
 
 
@@ -36,3 +37,16 @@ def x64():
     """Run one test with 64-bit types."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Take every branch that is meant for accelerators."""
+    taken = []
+
+    def choose(*operands, default, **platforms):
+        taken.append(sorted(platforms))
+        return default(*operands)
+
+    monkeypatch.setattr(lax, "platform_dependent", choose)
+    return taken

@@ -23,19 +23,6 @@ COMPRESSORS = {
 }
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Take every branch that is meant for accelerators."""
-    taken = []
-
-    def choose(*operands, default, **platforms):
-        taken.append(sorted(platforms))
-        return default(*operands)
-
-    monkeypatch.setattr(lax, "platform_dependent", choose)
-    return taken
-
-
 def run(tx):
     model, stacked = cases.params(), cases.gradients(STEPS)
     # One step is to be skipped.

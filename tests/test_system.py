@@ -24,8 +24,8 @@ def step(gram, slot, damping, divisor, kept):
     return mfac_coefficients(gram, ones, slot, damping, divisor, kept)
 
 
-def rows_of(rng, dimension=DIMENSION):
-    return rng.standard_normal((SIZE, dimension)) / np.sqrt(dimension)
+def rows_of(rng):
+    return rng.standard_normal((SIZE, DIMENSION)) / np.sqrt(DIMENSION)
 
 
 def insert(rows, gram, slot, row):
@@ -38,8 +38,8 @@ def error(result, gram, slot, damping, divisor):
     return np.linalg.norm(np.asarray(result) - exact) / np.linalg.norm(exact)
 
 
-def start(size=SIZE, dtype=jnp.float32):
-    return _system.empty(size, dtype)
+def start(dtype=jnp.float32):
+    return _system.empty(SIZE, dtype)
 
 
 @pytest.mark.parametrize("first", [0, RUN - 3, SIZE - RUN - 2, SIZE - 3])
@@ -179,7 +179,6 @@ def test_batches_keep_a_factor_each():
         rows = rows_of(rng)
         grams.append((rows @ rows.T).astype(np.float32))
     kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start())
-    slots = jnp.asarray([0, RUN])
     together = jax.jit(jax.vmap(lambda g, j, k: step(g, j, 1e-3, SIZE, k)))
     for slots in (jnp.asarray([0, RUN - 1]), jnp.asarray([1, RUN])):
         results, kept = together(jnp.stack(grams), slots, kept)
@@ -188,17 +187,17 @@ def test_batches_keep_a_factor_each():
             np.testing.assert_allclose(result, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_accelerators_factorise_every_time(monkeypatch):
+def test_accelerators_factorise_every_time(request):
     gram = np.eye(SIZE, dtype=np.float32)
     _, kept = step(gram, 0, 1e-3, SIZE, start())
     assert int(kept.run) == 0
-    choose = lambda *operands, default, **platforms: default(*operands)
-    monkeypatch.setattr(lax, "platform_dependent", choose)
+    taken = request.getfixturevalue("accelerator")
     jax.clear_caches()
     result, kept = jax.jit(lambda *given: step.__wrapped__(*given))(
         gram, 0, 1e-3, SIZE, kept
     )
     jax.clear_caches()
+    assert ["cpu"] in taken
     # What a CPU takes up later is not the factor of a window long gone.
     assert int(kept.run) == -1
     assert error(result, np.eye(SIZE), 0, 1e-3, SIZE) <= 1e-5
@@ -225,9 +224,7 @@ def test_optimizers_keep_a_factor_for_every_matrix(block_diagonal):
     stacked = jax.tree.map(
         lambda p: rng.standard_normal((steps, *p.shape)).astype(np.float32), params
     )
-    forget = lambda kept: jax.tree.map(
-        lambda leaf: jnp.full_like(leaf, -1), kept, is_leaf=lambda x: x is None
-    )
+    forget = lambda kept: jax.tree.map(lambda leaf: jnp.full_like(leaf, -1), kept)
 
     def run(forgetful):
         def one(state, gradient):

@@ -75,7 +75,10 @@ class Storage:
     def load(
         self, stored: Stored, dtype: jax.typing.DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the values in `dtype` and the offsets, which are unsigned."""
+        """Return the values in `dtype` and the offsets.
+
+        They are of 32 bits and unsigned, so that indexing looks for no negative ones.
+        """
         if isinstance(stored, SparseRow):
             return stored.values.astype(dtype), stored.offsets.astype(jnp.uint32)
         if self.values == jnp.bfloat16:

@@ -5,13 +5,13 @@ temporaries are of the size of a chunk; accelerators take chunks that keep them 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.compressors._entries import Stored
+from efcp_jax.compressors._entries import SparseRow, Stored
 
 
 # Entries of the window processed at a time. On CPUs a loop round takes as long as a few
@@ -21,23 +21,11 @@ _CPU_COMBINE = 1 << 12
 _ACCELERATOR = 1 << 24
 
 
-class Entries(NamedTuple):
-    """The kept entries of one row, as numbers.
-
-    Attributes:
-        values: The entries, shape `(blocks, k)`.
-        offsets: Their positions inside the block, of the same shape.
-    """
-
-    values: jax.Array
-    offsets: jax.Array
-
-
 # From entries as they are stored to their values and offsets.
 _Load = Callable[[Stored], tuple[jax.Array, jax.Array]]
 
 
-def inner(window: Stored, row: Entries, size: int, load: _Load) -> jax.Array:
+def inner(window: Stored, row: SparseRow, size: int, load: _Load) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`.
 
     Args:
@@ -133,9 +121,7 @@ def scatter_add(size: int, offsets: jax.Array, entries: jax.Array) -> jax.Array:
 
 
 def _positions(size: int, offsets: jax.Array) -> jax.Array:
-    """Return `offsets`, `(c, ...)`, counted from the first of the c blocks."""
-    # Unsigned, so that indexing does not look for negative numbers.
-    offsets = offsets.astype(jnp.uint32)
+    """Return `offsets`, `(c, ...)`, uint32, counted from the first of the c blocks."""
     if len(offsets) == 1:
         return offsets
     first = jnp.arange(len(offsets), dtype=jnp.uint32) * size

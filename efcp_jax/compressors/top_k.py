@@ -13,7 +13,7 @@ import numpy as np
 from efcp_jax import _validate
 from efcp_jax.compressors import _sparse
 from efcp_jax.compressors._blocks import Blocks
-from efcp_jax.compressors._entries import Storage, Stored
+from efcp_jax.compressors._entries import SparseRow, Storage, Stored
 from efcp_jax.compressors._selection import largest
 from efcp_jax.layout import Layout, saturate
 
@@ -151,15 +151,15 @@ class SparseSpace:
         # k entries a block change, so the vector is updated where it lies. Rounded up,
         # the largest ones may overflow.
         block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
-        taken = saturate(scale * values.astype(vector.dtype), vector.dtype)
+        taken = saturate(scale * values, vector.dtype)
         return vector.at[block, offsets.astype(jnp.int32)].add(
             -taken, unique_indices=True
         )
 
     def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
         values, offsets = self._load(row)
-        entries = _sparse.Entries(self.blocks.share(values), offsets)
-        return _sparse.inner(window, entries, self.blocks.size, self._load)
+        shared = SparseRow(self.blocks.share(values), offsets)
+        return _sparse.inner(window, shared, self.blocks.size, self._load)
 
     def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         def place(vector: jax.Array, block: Any, sums: jax.Array) -> jax.Array:

@@ -28,7 +28,6 @@ class SparseMfac:
         # A full window of rows that are nearly orthogonal, as random sparse rows are.
         self.gram = kept * torch.eye(window_size)
         self.inverse = torch.eye(window_size)
-        self.first = True
 
     @property
     def nbytes(self):
@@ -65,9 +64,8 @@ class SparseMfac:
         lower = torch.linalg.cholesky(self.system())
         diagonal = lower.diagonal()
         lower = lower / diagonal
-        for i in range(1 if self.first else max(self.slot, 1), size):
+        for i in range(max(self.slot, 1), size):
             self.inverse[i, :i] = -(lower[i, :i] @ self.inverse[:i, :i])
-        self.first = False
         reduced = products.clone()
         for i in range(1, size):
             reduced[i:] -= lower[i:, i - 1] * reduced[i - 1]
