@@ -18,24 +18,20 @@ Symbols, used alike in code, docs and tests:
 | $\lambda$, $\epsilon$ | damping of M-FAC, eps of GGT |
 | $j$, $e_j$ | slot of the newest row, its unit vector |
 
-Floors of the code; imports point down only:
+Rooms of the house, from the roof to the cellar; imports point down only:
 
-    diagnostics  memory  sharding      read states; nothing imports them
-    _reshard                           the arrays of a state on other devices
-    _positions                         what each entry of them stands for
-    optimizers                         chains that end in the learning rate
-    transforms                         what users call, and what it computes
-    step                               one step on one device
-    protocol  states                   a step as an Optax transformation
-    feedback  window                   error + gradient -> row; the last m rows
-    gram  preconditioners              m x m only
-    _system                            their solution, kept from step to step
-    _cholesky                          their factorisation
-    compressors                        one file a representation
-    _description                       a state that is described, not made
-    placement                          which device holds what
-    layout                             a tree as real matrices
-    _boxes  _branch  _dot              arrays out of boxes, overwritten, multiplied
+    sharding                            states on many devices, for users
+    reports                             diagnostics and memory, from states
+    optimizers                          chains that end in the learning rate
+    transforms                          what users chain
+    step                                compress, insert, inner, solve, combine
+    protocol  states                    a step as an Optax transformation; what it keeps
+    feedback  window                    error + gradient -> row; the last m rows
+    preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
+    compressors                         what a row is, one representation a file
+    passes                              work over a window, one file a platform
+    devices                             which device holds what
+    numerics                            products, casts and scales
 """
 
 from efcp_jax import sharding as sharding
@@ -44,8 +40,6 @@ from efcp_jax.compressors import (
     low_rank as low_rank,
     top_k as top_k,
 )
-from efcp_jax.diagnostics import diagnostics as diagnostics
-from efcp_jax.memory import memory_report as memory_report
 from efcp_jax.optimizers import (
     ggt as ggt,
     low_rank_ggt as low_rank_ggt,
@@ -54,6 +48,8 @@ from efcp_jax.optimizers import (
     sparse_ggt as sparse_ggt,
     sparse_mfac as sparse_mfac,
 )
+from efcp_jax.reports.diagnostics import diagnostics as diagnostics
+from efcp_jax.reports.memory import memory_report as memory_report
 from efcp_jax.states import (
     ErrorFeedbackState as ErrorFeedbackState,
     ScaleByGgtState as ScaleByGgtState,

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.compressors import Space
-from efcp_jax.layout import cast
+from efcp_jax.numerics import cast, power_of_two
 
 
 class Compressed(NamedTuple):
@@ -98,17 +98,3 @@ def _peak(x: jax.Array) -> jax.Array:
     larger = lambda peak, x: jnp.maximum(jnp.abs(peak), jnp.abs(x))
     peak = lax.reduce(x, jnp.zeros((), x.dtype), larger, tuple(range(x.ndim)))
     return jnp.abs(peak)  # XLA may return a single entry as it is
-
-
-def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the least power of two above `peak`, and its inverse; zeros for zero.
-
-    Both are normal numbers, so multiplying by one and then the other is exact.
-    """
-    info = jnp.finfo(peak.dtype)
-    _, exponent = jnp.frexp(peak)
-    exponent = jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)
-    one = jnp.ones_like(peak)
-    scale, inverse = jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
-    zero = jnp.zeros_like(peak)
-    return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _description, _validate, placement
-from efcp_jax._boxes import strip_boxes
+from efcp_jax import _validate_trees
 from efcp_jax.compressors import Compressor, Space
+from efcp_jax.devices import description, placement
+from efcp_jax.devices.boxes import strip_boxes
 
 
 def transformation(
@@ -33,23 +34,23 @@ def transformation(
 
     def init_fn(params):
         params = strip_boxes(params)
-        _validate.floating_leaves(params)
+        _validate_trees.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
-        return _description.start(init, space, placed, specs(space))
+        return description.start(init, space, placed, specs(space))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         given = jax.tree.structure(updates)
         updates, params = strip_boxes(updates), strip_boxes(params)
         like = updates if params is None else params
-        _validate.floating_leaves(updates, "updates")
-        _validate.same_trees(updates, like)
+        _validate_trees.floating_leaves(updates, "updates")
+        _validate_trees.same_trees(updates, like)
         placed = placement.find(like, sharding)
         space = space_of(updates, _state_dtype(state), placed)
         local = jax.eval_shape(lambda: init(space))
-        made = _description.global_arrays(local, specs(space), placed)
-        _validate.same_state(state, made, updates)
+        made = description.global_arrays(local, specs(space), placed)
+        _validate_trees.same_state(state, made, updates)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
             for name, value in hyperparameters.items()

@@ -37,19 +37,23 @@ and otherwise those of the same method with another choice of blocks. `block_siz
 means one block a device. `identity` and `low_rank` have no blocks to align.
 """
 
-import re
-from typing import Any, TypeGuard
+from typing import Any
 
 import chex
 import jax
-from jax.core import Tracer
-import numpy as np
 import optax
 
-from efcp_jax import placement
-from efcp_jax._boxes import strip_boxes
-from efcp_jax._description import Description, describing
-from efcp_jax._reshard import convert
+from efcp_jax.devices.collectives import collectives as collectives
+from efcp_jax.devices.description import Description, describing
+from efcp_jax.devices.reshard import convert
+from efcp_jax.devices.shardings import (
+    concrete_mesh,
+    describe,
+    device_of,
+    is_named,
+    param_shardings,
+    place,
+)
 
 
 def state_shardings(
@@ -89,10 +93,10 @@ def state_shardings(
         >>> with jax.set_mesh(mesh):
         ...     state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    described = _describe(tx, params)
-    given = _param_shardings(params, sharding, described)
-    named = [s for s in jax.tree.leaves(given) if _is_named(s)]
-    mesh = _concrete_mesh([each.mesh for each in named])
+    described = describe(tx, params)
+    given = param_shardings(params, sharding, described)
+    named = [s for s in jax.tree.leaves(given) if is_named(s)]
+    mesh = concrete_mesh([each.mesh for each in named])
     divided = any(not each.is_fully_replicated for each in named)
 
     def own(leaf: Any) -> Any:
@@ -106,13 +110,13 @@ def state_shardings(
                     " make the mesh with Explicit axes."
                 )
             return jax.tree.map(lambda _: alone, leaf.arrays)
-        on = _concrete_mesh([mesh, leaf.placement.mesh])
+        on = concrete_mesh([mesh, leaf.placement.mesh])
         return jax.tree.structure(leaf.arrays).unflatten(
             jax.sharding.NamedSharding(on, spec) for spec in leaf.specs
         )
 
     alone = (
-        jax.sharding.SingleDeviceSharding(_device(params))
+        jax.sharding.SingleDeviceSharding(device_of(params))
         if mesh is None
         else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     )
@@ -146,7 +150,7 @@ def abstract_state(
         A tree of `jax.ShapeDtypeStruct`, without shardings.
     """
     expand = lambda leaf: leaf.arrays if isinstance(leaf, Description) else leaf
-    return jax.tree.map(expand, _describe(tx, params))
+    return jax.tree.map(expand, describe(tx, params))
 
 
 def reshard_state(
@@ -176,124 +180,12 @@ def reshard_state(
             `top_k` in the new layout holds more kept entries of one row than it has
             room for. Blocks that hold the same entries in both layouts always fit.
     """
-    old, new = (_describe(*each) for each in (source, target))
+    old, new = (describe(*each) for each in (source, target))
     where = state_shardings(*target)
 
     def one(before: Any, after: Any, part: Any, at: Any) -> Any:
         if isinstance(before, Description):
             part = convert(part, before, after)
-        return jax.tree.map(_place, part, at)
+        return jax.tree.map(place, part, at)
 
     return jax.tree.map(one, old, new, state, where)
-
-
-def collectives(program: Any) -> list[tuple[str, int]]:
-    """Return kind and size of every collective of a compiled program.
-
-    Args:
-        program: What `jax.jit(f).lower(...).compile()` returns, or its text.
-
-    Returns:
-        Pairs such as `("all-reduce", 64)`, in order. The size counts the elements of
-        the result on one device; arrays that travel together count once, together.
-        Collectives inside a loop count once.
-    """
-    text = program if isinstance(program, str) else program.as_text()
-    found = []
-    for shapes, kind in _COLLECTIVE.findall(text):
-        arrays = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        if shapes.startswith("(") and kind.endswith("-start"):
-            arrays = arrays[len(arrays) // 2 :]  # (operands, results) of a start
-        size = sum(int(np.prod([int(n) for n in a.split(",") if n])) for a in arrays)
-        found.append((kind.removesuffix("-start"), size))
-    return found
-
-
-_COLLECTIVE = re.compile(
-    r"= (\([^=]*?\)|\S+) ((?:all-reduce|all-gather|all-to-all|reduce-scatter"
-    r"|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?)\("
-)
-
-
-def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
-    """Return the state with `Description`s and `ShapeDtypeStruct`s for leaves."""
-    found = []
-
-    def init(tree):
-        with describing():
-            state = tx.init(tree)
-        found.append(
-            jax.tree.map(
-                lambda leaf: (
-                    leaf
-                    if isinstance(leaf, Description)
-                    else jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
-                ),
-                state,
-            )
-        )
-
-    jax.eval_shape(init, params)
-    return found[0]
-
-
-def _param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> Any:
-    """Return one sharding a parameter."""
-    treedef = jax.tree.structure(params)
-    inside = jax.tree.structure(strip_boxes(params))
-    if sharding is None:
-        held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
-        named = [each.mesh for each in held if _is_named(each)]
-        for each in jax.tree.leaves(described):
-            # A transformation of all parameters knows, even where arrays do not.
-            if isinstance(each, Description) and each.placement is not None:
-                layout = each.space.layout
-                if layout.treedef == inside:
-                    mesh = _concrete_mesh([each.placement.mesh, *named])
-                    return treedef.unflatten(
-                        jax.sharding.NamedSharding(mesh, spec)
-                        for spec in each.placement.specs
-                    )
-        if not named:
-            return treedef.unflatten(held)
-        everywhere = jax.sharding.NamedSharding(
-            _concrete_mesh(named), jax.sharding.PartitionSpec()
-        )
-        return treedef.unflatten(
-            each if _is_named(each) else everywhere for each in held
-        )
-    placed = placement.find(strip_boxes(params), sharding)
-    assert placed is not None
-    mesh = _concrete_mesh([placed.mesh])
-    return treedef.unflatten(
-        jax.sharding.NamedSharding(mesh, spec) for spec in placed.specs
-    )
-
-
-def _is_named(sharding: Any) -> TypeGuard[jax.sharding.NamedSharding]:
-    return isinstance(sharding, jax.sharding.NamedSharding)
-
-
-def _concrete_mesh(meshes: list[Any]) -> Any:
-    """Return a mesh of devices if there is one among `meshes` or around, else any."""
-    meshes = [mesh for mesh in meshes if mesh is not None]
-    if not meshes:
-        return None
-    ambient = jax.sharding.get_mesh()
-    for mesh in [*meshes, ambient]:
-        alike = dict(mesh.shape) == dict(meshes[0].shape)
-        if alike and isinstance(mesh, jax.sharding.Mesh):
-            return mesh
-    return meshes[0]
-
-
-def _device(params: chex.ArrayTree) -> Any:
-    for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
-            return min(leaf.devices(), key=lambda device: device.id)
-    return jax.local_devices()[0]
-
-
-def _place(array: Any, sharding: Any) -> Any:
-    array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])

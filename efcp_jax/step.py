@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, feedback, gram as grams, window as windows
+from efcp_jax import _validate, feedback, window as windows
 from efcp_jax.compressors import Compressor, Space, identity
+from efcp_jax.preconditioners import gram as grams
 from efcp_jax.protocol import transformation
 from efcp_jax.states import ErrorFeedbackState
 from efcp_jax.window import Window

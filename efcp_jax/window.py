@@ -13,8 +13,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax._branch import overwrite
 from efcp_jax.compressors import ROW_AXIS, Space
+from efcp_jax.passes.overwrite import overwrite
 
 
 class Window(NamedTuple):

@@ -49,13 +49,15 @@ BANNED = {
     "subprocess",
     "urllib",
 }
+# Checks of arguments, which every room may call.
+CHECKS = {"_validate", "_validate_trees"}
 # Types of states, for isinstance and annotations.
 STATES = {"ErrorFeedbackState", "ScaleByMfacState", "ScaleByGgtState"}
 
 
 def floors():
     """Return the floor of every module, 0 the lowest, as the docstring draws them."""
-    text = efcp_jax.__doc__.split("Floors of the code")[1]
+    text = efcp_jax.__doc__.split("Rooms of the house")[1]
     rows = [line.strip().split("   ")[0] for line in text.splitlines()[1:]]
     rows = [line.replace("  ", " ").split() for line in rows if line]
     return {name: level for level, row in enumerate(reversed(rows)) for name in row}
@@ -89,33 +91,54 @@ def own_imports(path):
 
 def test_every_module_is_on_the_map():
     on_map = set(floors())
-    in_tree = {room(path) for path in SOURCES} - {"_validate"}
+    in_tree = {room(path) for path in SOURCES} - CHECKS
     assert in_tree == on_map
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_point_down(path):
     level = floors()
-    if room(path) == "_validate":
+    if room(path) in CHECKS:
         assert not own_imports(path)
         return
     for name in own_imports(path):
         target = name.split(".")[0]
-        if target not in ("_validate", room(path)):
+        if target not in {*CHECKS, room(path)}:
             assert level[target] < level[room(path)], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["gram", "preconditioners"])
-def test_the_m_by_m_rooms_know_no_representation(name):
-    targets = {each.split(".")[0] for each in own_imports(pathlib.Path(f"{name}.py"))}
-    assert not targets & {"compressors", "window", "feedback", "layout", "placement"}
+def files_of(name):
+    """Return the files of a room."""
+    return [path for path in SOURCES if room(path) == name]
+
+
+@pytest.mark.parametrize("path", files_of("preconditioners"), ids=str)
+def test_the_m_by_m_room_knows_no_representation(path):
+    targets = {each.split(".")[0] for each in own_imports(path)}
+    assert targets <= {"preconditioners", "numerics", "passes"}
+    deep = {name for name in own_imports(path) if name.startswith("passes")}
+    assert deep <= {"passes.overwrite.overwrite"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_only_passes_and_the_m_by_m_solver_ask_for_the_platform(path):
+    if room(path) == "passes" or str(path) == "preconditioners/system.py":
+        return
+    text = (ROOT / path).read_text()
+    for name in ("platform_dependent", "default_backend", "device_kind"):
+        assert name not in text
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_a_file_is_two_screens_of_code_at_most(path):
+    assert len((ROOT / path).read_text().splitlines()) <= 250
 
 
 @pytest.mark.parametrize("name", ["feedback", "window"])
 def test_feedback_and_window_know_only_the_protocol(name):
     # Of compressors the protocol, and helpers that know no representation.
     allowed = {"compressors.Space", "compressors.ROW_AXIS"}
-    allowed |= {"_branch.overwrite", "layout.cast"}
+    allowed |= {"numerics.cast", "numerics.power_of_two", "passes.overwrite.overwrite"}
     assert set(own_imports(pathlib.Path(f"{name}.py"))) <= allowed
 
 

@@ -1,4 +1,4 @@
-"""Representations of a gradient, one file each; `_base` holds what they share.
+"""Representations of a gradient, one file each; `base` holds what they share.
 
 | compressor | one row | memory of a window, bytes a parameter |
 |---|---|---|
@@ -7,7 +7,7 @@
 | `low_rank` | two thin factors a matrix | 4 m r (rows + cols) / (rows cols) |
 """
 
-from efcp_jax.compressors._base import (
+from efcp_jax.compressors.base import (
     ROW_AXIS as ROW_AXIS,
     Compressor as Compressor,
     Space as Space,

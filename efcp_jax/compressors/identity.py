@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.compressors._blocks import Blocks
-from efcp_jax.layout import Layout, saturate
+from efcp_jax.compressors.blocks import Blocks
+from efcp_jax.compressors.movers import DenseMover
+from efcp_jax.devices.layout import Layout
+from efcp_jax.numerics import saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +125,6 @@ class IdentitySpace:
 
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
+
+    def mover(self, new: "IdentitySpace") -> DenseMover:  # noqa: D102
+        return DenseMover(self.blocks, new.blocks)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from efcp_jax.compressors._entries import Storage
+from efcp_jax.passes.entries import Storage
 
 
 matplotlib.use("Agg")

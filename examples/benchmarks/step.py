@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import optax
 
 import efcp_jax
-from efcp_jax import _system, placement
-from efcp_jax.preconditioners import mfac_coefficients
+from efcp_jax.devices import placement
+from efcp_jax.preconditioners import mfac_coefficients, system as systems
 
 
 SIZES = ["272000,128,0.01,4", "272000,1024,0.01,4", "11700000,256,0.01,4"]
@@ -52,7 +52,7 @@ def stages(tx, space, params, gradient, window_size):
     residual = lambda v, r: space.residual(v, r, jnp.float32(1))
     select = jax.jit(lambda v: space.compress(v, None)[0])
     inner, update = jax.jit(space.inner), jax.jit(space.update)
-    kept = jax.tree.map(jnp.copy, _system.empty(window_size, jnp.float32))
+    kept = jax.tree.map(jnp.copy, systems.empty(window_size, jnp.float32))
     solve = jax.jit(
         lambda kept, k, s: mfac_coefficients(
             k, s, jnp.int32(0), jnp.float32(1e-2), window_size, kept

@@ -1,0 +1,1 @@
+"""Which device holds what: trees as real matrices, meshes, and states that move."""

@@ -1,0 +1,179 @@
+"""How a tree of parameters is seen by one device: as real matrices, leaf by leaf.
+
+Every leaf becomes a matrix of its last axis against all others: a scalar is `(1, 1)`,
+a vector `(1, n)`, a kernel `(..., c)` is `(prod(...), c)`, and a complex leaf holds its
+real and imaginary parts side by side, `(rows, 2 c)`. On several devices the matrices
+are those of the device's own shards. Everything here is static: a `Layout` is made
+anew from shapes each time a function is traced and never enters the state.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from efcp_jax.numerics import cast
+
+
+# Smaller runs of leaves than this many entries are not worth a kernel.
+_SMALLEST_RUN = 65_536
+
+# Into about how many runs the leaves are taken to be looked at.
+_PIECES = 32
+
+
+class Leaf(NamedTuple):
+    """One leaf as held by one device.
+
+    Attributes:
+        shape: Shape of the device's shard of the leaf.
+        dtype: Dtype in which its update is returned.
+        partition: The mesh axes that split each array axis.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    partition: tuple[tuple[str, ...], ...]
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split all but the last array axis."""
+        return tuple(name for names in self.partition[:-1] for name in names)
+
+    @property
+    def col_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the last array axis."""
+        return self.partition[-1] if self.partition else ()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the leaf."""
+        return self.row_axes + self.col_axes
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the real matrix that stands for the shard."""
+        parts = 2 if jnp.issubdtype(self.dtype, jnp.complexfloating) else 1
+        columns = self.shape[-1] if self.shape else 1
+        return math.prod(self.shape[:-1]), parts * columns
+
+    @property
+    def size(self) -> int:
+        """Count of real numbers in the shard."""
+        return math.prod(self.matrix_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The leaves of one tree on one device, and the mesh axes the step is spread over.
+
+    Attributes:
+        treedef: Structure of the tree.
+        leaves: One `Leaf` for each leaf, in order.
+        dtype: Working dtype, float32 or float64.
+        mesh: Name and size of every mesh axis the step is spread over; `()` on one
+            device.
+        split: Mesh axes that split no leaf. The working vectors are divided among them
+            and the update is gathered from them.
+    """
+
+    treedef: Any  # a PyTreeDef
+    leaves: tuple[Leaf, ...]
+    dtype: np.dtype
+    mesh: tuple[tuple[str, int], ...] = ()
+    split: tuple[str, ...] = ()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All mesh axes the step is spread over."""
+        return tuple(name for name, _ in self.mesh)
+
+    def ways(self, axes: tuple[str, ...]) -> int:
+        """Return the number of devices along `axes`."""
+        sizes = dict(self.mesh)
+        return math.prod(sizes[name] for name in axes)
+
+    def copies(self, leaf: Leaf) -> int:
+        """Return how many devices hold the same part of `leaf` in their windows."""
+        owned = {*leaf.axes, *self.split}
+        return self.ways(tuple(name for name in self.axes if name not in owned))
+
+    def sum(self, value: Any) -> Any:
+        """Sum `value` over all devices; the one collective of a step."""
+        return lax.psum(value, self.axes) if self.axes else value
+
+    def own(self, array: jax.Array, axis: int) -> jax.Array:
+        """Return this device's part of `array`, divided along `axis` among `split`."""
+        if not self.split:
+            return array
+        part = array.shape[axis] // self.ways(self.split)
+        start = lax.axis_index(self.split) * part
+        return lax.dynamic_slice_in_dim(array, start, part, axis)
+
+    def gather(self, array: jax.Array, axis: int) -> jax.Array:
+        """Undo `own`: join the parts of all devices of `split` along `axis`."""
+        if not self.split:
+            return array
+        return lax.all_gather(array, self.split, axis=axis, tiled=True)
+
+    def runs(self, parts: int) -> list[list[int]]:
+        """Return the indices of the leaves in runs of about one of `parts` of them all.
+
+        A leaf larger than that is a run by itself, so that it need not be copied to
+        stand beside others; small leaves are taken together, so that a large tree does
+        not become a large program.
+        """
+        limit = max(_SMALLEST_RUN, sum(leaf.size for leaf in self.leaves) // parts)
+        runs: list[list[int]] = []
+        room = 0
+        for index, leaf in enumerate(self.leaves):
+            if runs and leaf.size <= room:
+                runs[-1].append(index)
+                room -= leaf.size
+            else:
+                runs.append([index])
+                room = limit - leaf.size
+        return runs
+
+    def finite(self, tree: chex.ArrayTree) -> jax.Array:
+        """Return whether all entries of `tree` on this device are finite."""
+        # Zero times a number is zero, else NaN. A sum carries a NaN along, which the
+        # vectorised maximum of XLA need not; as one reduction, it takes no temporary.
+        # XLA may return an entry as it is, since a reduction with its first value is
+        # supposed to change nothing.
+        carry = lambda total, x: total + 0 * x
+        zero = jnp.zeros((), self.dtype)
+        sums = [lax.reduce(piece, zero, carry, (0,)) for piece in self.pieces(tree)]
+        return jnp.all(jnp.isfinite(jnp.stack([zero, *sums])))
+
+    def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
+        """Yield the entries of `tree`, laid end to end, a run of leaves at a time."""
+        matrices = self.matrices(tree)
+        for run in self.runs(_PIECES):
+            yield jnp.concatenate([matrices[i].reshape(-1) for i in run])
+
+    def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:
+        """Return the leaves of `tree` as real matrices in the working dtype."""
+        matrices = []
+        for value, leaf in zip(jax.tree.leaves(tree), self.leaves, strict=True):
+            value = jnp.asarray(value)
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                value = jnp.atleast_1d(value)
+                value = jnp.concatenate([value.real, value.imag], axis=-1)
+            matrices.append(value.astype(self.dtype).reshape(leaf.matrix_shape))
+        return matrices
+
+    def tree(self, matrices: list[jax.Array]) -> chex.ArrayTree:
+        """Undo `matrices`; the one place where an update is cast to its dtype."""
+        values = []
+        for matrix, leaf in zip(matrices, self.leaves, strict=True):
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                matrix = lax.complex(*jnp.split(matrix, 2, axis=1))
+            values.append(cast(matrix.reshape(leaf.shape), leaf.dtype))
+        return self.treedef.unflatten(values)

@@ -1,0 +1,236 @@
+"""Where the leaves of a tree live, and running a step on every device at once.
+
+Under Explicit mesh axes the shardings are part of the arrays' types. Under Auto axes a
+traced function cannot see them, so they are given, in JAX's own types.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+from jax.core import Tracer
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from efcp_jax.devices.boxes import is_variable
+from efcp_jax.devices.layout import Layout, Leaf
+
+
+class Placement(NamedTuple):
+    """The mesh a tree is spread over, and the partition of each leaf.
+
+    Attributes:
+        mesh: The mesh, concrete or abstract.
+        specs: One `PartitionSpec` a leaf, in order.
+    """
+
+    mesh: Any
+    specs: tuple[PartitionSpec, ...]
+
+
+def find(tree: chex.ArrayTree, sharding: Any = None) -> Placement | None:
+    """Return how `tree` is placed, or None for a step on one device.
+
+    Args:
+        tree: Parameters, or anything with their structure and types.
+        sharding: A `NamedSharding` or, under an ambient mesh, a `PartitionSpec` for
+            every leaf, as a tree prefix; None to read the types of the leaves.
+
+    Returns:
+        The placement; None where `sharding` is None and no leaf lives on a mesh with
+        Explicit axes.
+
+    Raises:
+        TypeError: `sharding` holds something else.
+        ValueError: A leaf has no sharding, there is no mesh, or there are several.
+    """
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return None
+    if sharding is None:
+        found = [_explicit_sharding(leaf) for leaf in leaves]
+    else:
+        found = _broadcast(sharding, tree)
+    meshes = [each.mesh for each in found if isinstance(each, NamedSharding)]
+    if not meshes and sharding is None:
+        return None
+    mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError(
+            "`sharding` holds PartitionSpecs, but there is no mesh. Pass NamedShardings"
+            " or call under `jax.set_mesh(mesh)`."
+        )
+    for other in meshes:
+        if dict(other.shape) != dict(mesh.shape):
+            raise ValueError(
+                "All leaves must live on one mesh, got"
+                f" {dict(mesh.shape)} and {dict(other.shape)}."
+            )
+    specs = (
+        PartitionSpec() if s is None else s.spec if isinstance(s, NamedSharding) else s
+        for s in found
+    )
+    return Placement(mesh, tuple(specs))
+
+
+def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
+    """Return the entry of the prefix `sharding` for each leaf of `tree`, by its path.
+
+    Going by paths lets a masked or partitioned tree keep the prefix of the whole.
+    """
+    is_leaf = lambda node: (
+        isinstance(node, NamedSharding | PartitionSpec) or is_variable(node)
+    )
+    given = {}
+    for path, each in jax.tree_util.tree_leaves_with_path(sharding, is_leaf=is_leaf):
+        each = each.get_value() if is_variable(each) else each
+        if not isinstance(each, NamedSharding | PartitionSpec):
+            raise TypeError(
+                "`sharding` must be a tree of NamedShardings or PartitionSpecs, got"
+                f" {each!r} at {_name(path)}."
+            )
+        given[_names(path)] = each
+    found = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        names = _names(path)
+        prefixes = [names[:n] for n in range(len(names), -1, -1)]
+        entry = next((given[p] for p in prefixes if p in given), None)
+        if entry is None:
+            raise ValueError(
+                f"`sharding` has no entry for the parameter {_name(path)}. Give it a"
+                " NamedSharding or a PartitionSpec; `PartitionSpec()` replicates it."
+            )
+        found.append(entry)
+    return found
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _name(path: Any) -> str:
+    return f"params{jax.tree_util.keystr(path)}"
+
+
+def _explicit_sharding(leaf: Any) -> NamedSharding | None:
+    """Return the sharding in the type of `leaf`, with a concrete mesh if it has one."""
+    is_array = isinstance(leaf, jax.Array)
+    sharding = jax.typeof(leaf).sharding if is_array else getattr(leaf, "sharding", 0)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    kinds = set(sharding.mesh.axis_types)
+    if kinds == {AxisType.Auto, AxisType.Explicit} and any(sharding.spec):
+        raise ValueError(
+            "Parameters live on a mesh with both Auto and Explicit axes, whose types"
+            " tell only a part of their sharding. Pass the whole as `sharding`."
+        )
+    if kinds != {AxisType.Explicit}:
+        return None
+    # Outside of jit there may be no ambient mesh, but a concrete array knows its own.
+    held = getattr(leaf, "sharding", None) if _is_concrete(leaf) else None
+    return held if isinstance(held, NamedSharding) else sharding
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+
+
+def layout(
+    tree: chex.ArrayTree, dtype: jax.typing.DTypeLike, placement: Placement | None
+) -> Layout:
+    """Return the layout of `tree` on each device of `placement`.
+
+    Raises:
+        ValueError: A partition does not fit its leaf or the mesh.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for _, leaf in paths]
+    if placement is None:
+        leaves = (Leaf(shape, kind, ((),) * len(shape)) for shape, kind in avals)
+        return Layout(treedef, tuple(leaves), jnp.dtype(dtype))
+    sizes = dict(placement.mesh.shape)
+    local = tuple(
+        _local(_name(path), *aval, spec, sizes)
+        for (path, _), aval, spec in zip(paths, avals, placement.specs, strict=True)
+    )
+    used = {axis for leaf in local for axis in leaf.axes}
+    split = tuple(axis for axis in sizes if axis not in used and sizes[axis] > 1)
+    return Layout(treedef, local, jnp.dtype(dtype), tuple(sizes.items()), split)
+
+
+def _local(name: str, shape, dtype, spec: PartitionSpec, sizes: dict[str, int]) -> Leaf:
+    def fail(reason: str):
+        axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        return ValueError(
+            f"The sharding {spec} does not fit {name} of shape {shape} on the mesh"
+            f" ({axes}): {reason}."
+        )
+
+    if len(spec) > len(shape):
+        raise fail("it has more entries than the array has axes")
+    names = [axes_of(entry) for entry in spec] + [()] * (len(shape) - len(spec))
+    flat = [axis for axes in names for axis in axes]
+    for axis in flat:
+        if axis not in sizes:
+            raise fail(f"the mesh has no axis {axis!r}")
+    if len(set(flat)) < len(flat):
+        raise fail("a mesh axis appears twice")
+    ways = [math.prod(sizes[axis] for axis in axes) for axes in names]
+    for size, way in zip(shape, ways, strict=True):
+        if size % way:
+            raise fail(f"{size} does not divide into {way} equal parts")
+    return Leaf(
+        shape=tuple(n // w for n, w in zip(shape, ways, strict=True)),
+        dtype=dtype,
+        partition=tuple(names),
+    )
+
+
+def axes_of(entry: Any) -> tuple[Any, ...]:
+    """Return the mesh axes that an entry of a `PartitionSpec` names."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def run(
+    function: Callable[..., Any],
+    placement: Placement | None,
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+    *args: Any,
+) -> Any:
+    """Call `function` on each device's parts of `args`; plainly on one device."""
+    if placement is None:
+        return function(*args)
+    spread = jax.shard_map(
+        function,
+        mesh=placement.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        # Blocks that several devices hold are computed alike on all of them, which
+        # the check of varying axes cannot see.
+        check_vma=False,
+    )
+    return jax.jit(spread)(*args)
+
+
+def move(tree: chex.ArrayTree, specs: tuple[PartitionSpec, ...]) -> chex.ArrayTree:
+    """Reshard the leaves of `tree` whose types, under Explicit axes, differ."""
+    leaves, treedef = jax.tree.flatten(tree)
+    moved = []
+    for leaf, spec in zip(leaves, specs, strict=True):
+        sharding = _explicit_sharding(leaf)
+        if sharding is not None and sharding.spec != spec:
+            leaf = jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
+        moved.append(leaf)
+    return treedef.unflatten(moved)
+
+
+def move_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+    """Reshard the leaves of `tree` to the types of `like`, under Explicit axes."""
+    shardings = [_explicit_sharding(leaf) for leaf in jax.tree.leaves(like)]
+    specs = tuple(PartitionSpec() if each is None else each.spec for each in shardings)
+    return move(tree, specs) if any(s is not None for s in shardings) else tree

@@ -1,0 +1,145 @@
+"""Which entry of the parameters each entry of a state's arrays stands for.
+
+The global arrays of a state depend on how many devices made it: blocks are padded to
+divide among devices, and each device packs its own shards. Here the layout of a state
+is written out as NumPy arrays of positions, on the host, so that a state can be carried
+from one layout to another. Position -1 is padding.
+"""
+
+from collections.abc import Iterator
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from efcp_jax.devices.layout import Layout, Leaf
+
+
+def of_blocks(blocks: Any) -> np.ndarray:
+    """Return the positions of the entries of all blocks of all devices.
+
+    Args:
+        blocks: The `Blocks` of a device.
+
+    Returns:
+        Places in the leaves laid end to end, int64, shape `(global blocks, size)`.
+    """
+    layout: Layout = blocks.layout
+    sizes = [leaf.size * layout.ways(leaf.axes) for leaf in layout.leaves]
+    starts = np.cumsum([0, *sizes])
+    parts = []
+    for at in _devices(layout, layout.axes):
+        pieces = []
+        for indices, count in blocks.groups:
+            held = [starts[i] + _entries(layout.leaves[i], layout, at) for i in indices]
+            used = sum(piece.size for piece in held)
+            padding = np.full(count * blocks.size - used, -1, np.int64)
+            pieces += [*(piece.reshape(-1) for piece in held), padding]
+        rows = np.concatenate(pieces).reshape(-1, blocks.size)
+        parts.append(_own(rows, layout, at))
+    return np.concatenate(parts)
+
+
+def of_matrix(matrix: Any, leaf: Leaf, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the rows and of the columns of one factorised leaf.
+
+    Args:
+        matrix: How the leaf is factorised.
+        leaf: The leaf on one device.
+        layout: The layout it belongs to.
+
+    Returns:
+        Row and column numbers in the leaf's whole matrix, two arrays of int64. A leaf
+        kept whole has the row 0 and its entries as columns.
+    """
+    if matrix.whole:
+        ways = layout.ways(layout.split)
+        parts = []
+        for at in _devices(layout, matrix.col_axes):
+            entries = _entries(leaf, layout, at).reshape(-1)
+            missing = matrix.cols * ways - entries.size
+            entries = np.pad(entries, (0, missing), constant_values=-1)
+            parts.append(_own(entries, layout, at))
+        return np.zeros(1, np.int64), np.concatenate(parts)
+    ways = layout.ways(layout.split)
+    rows = []
+    for at in _devices(layout, matrix.row_axes):
+        numbers = _part(leaf, layout, at, slice(0, -1)).reshape(-1)
+        missing = matrix.rows * ways - numbers.size
+        rows.append(_own(np.pad(numbers, (0, missing), constant_values=-1), layout, at))
+    columns = [
+        _real(_part(leaf, layout, at, slice(-1, None)), leaf, layout)
+        for at in _devices(layout, matrix.col_axes)
+    ]
+    return np.concatenate(rows), np.concatenate(columns)
+
+
+def inverse(places: np.ndarray) -> np.ndarray:
+    """Return where each position is in `places`, -1 where it is not."""
+    flat = places.reshape(-1)
+    inverse = np.full(flat.max(initial=-1) + 2, -1, np.int64)
+    held = flat >= 0
+    inverse[flat[held]] = np.flatnonzero(held)
+    return inverse
+
+
+def take(array: Any, index: np.ndarray, axis: int) -> np.ndarray:
+    """Take `index` along `axis`, with zeros where it is negative."""
+    array = np.asarray(array)
+    taken = array.take(np.maximum(index, 0), axis=axis)
+    shape = [1] * taken.ndim
+    shape[axis] = index.size
+    return np.where(index.reshape(shape) >= 0, taken, np.zeros((), array.dtype))
+
+
+def _devices(layout: Layout, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+    """Yield the coordinates of the devices along `axes`, in the order of their parts.
+
+    Coordinates along other axes are 0.
+    """
+    sizes = dict(layout.mesh)
+    for numbers in itertools.product(*(range(sizes[axis]) for axis in axes)):
+        yield dict.fromkeys(sizes, 0) | dict(zip(axes, numbers, strict=True))
+
+
+def _number(layout: Layout, axes: tuple[str, ...], at: dict[str, int]) -> int:
+    number = 0
+    for axis in axes:
+        number = number * layout.ways((axis,)) + at[axis]
+    return number
+
+
+def _own(array: np.ndarray, layout: Layout, at: dict[str, int]) -> np.ndarray:
+    """Return the part of `array` that a device owns among the idle axes."""
+    part = array.shape[0] // layout.ways(layout.split)
+    start = part * _number(layout, layout.split, at)
+    return array[start : start + part]
+
+
+def _part(leaf: Leaf, layout: Layout, at: dict[str, int], which: slice) -> np.ndarray:
+    """Return the numbers of the entries of a shard, over the axes `which`."""
+    axes = leaf.partition[which]
+    local = leaf.shape[which]
+    whole = [n * layout.ways(a) for n, a in zip(local, axes, strict=True)]
+    numbers = np.arange(int(np.prod(whole)), dtype=np.int64).reshape(whole)
+    for dimension, (size, names) in enumerate(zip(local, axes, strict=True)):
+        start = size * _number(layout, names, at)
+        numbers = numbers.take(range(start, start + size), axis=dimension)
+    return numbers
+
+
+def _real(columns: np.ndarray, leaf: Leaf, layout: Layout) -> np.ndarray:
+    """Return the columns of the real matrix that stand for `columns` of the leaf."""
+    if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return columns.reshape(-1)
+    count = leaf.shape[-1] * layout.ways(leaf.col_axes) if leaf.shape else 1
+    return np.concatenate([columns.reshape(-1), count + columns.reshape(-1)])
+
+
+def _entries(leaf: Leaf, layout: Layout, at: dict[str, int]) -> np.ndarray:
+    """Return the positions of a shard's real matrix in the whole real matrix."""
+    rows = _part(leaf, layout, at, slice(0, -1)).reshape(-1)
+    columns = _real(_part(leaf, layout, at, slice(-1, None)), leaf, layout)
+    width = columns.size * layout.ways(leaf.col_axes)
+    return rows[:, None] * width + columns

@@ -1,0 +1,51 @@
+"""Computations on many leaves that share their collectives."""
+
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+# A computation on one leaf that yields what it wants reduced over mesh axes (by
+# `lax.psum` or `lax.pmax`), receives the result, and returns its own.
+Routine = Generator[tuple[Any, jax.Array, tuple[str, ...]], jax.Array, Any]
+
+
+def together(routines: Iterable[Routine]) -> list[Any]:
+    """Run `routines` side by side and return their results.
+
+    What they yield in the same round, for the same axes, travels in one collective, so
+    the number of collectives does not grow with the number of leaves.
+    """
+    routines = list(routines)
+    results: list[Any] = [None] * len(routines)
+    answers: dict[int, Any] = dict.fromkeys(range(len(routines)))
+    while answers:
+        requests: dict[Any, dict[int, jax.Array]] = {}
+        for index, answer in answers.items():
+            try:
+                reduce, value, axes = routines[index].send(answer)
+            except StopIteration as stop:
+                results[index] = stop.value
+            else:
+                key = (reduce, axes, value.dtype)
+                requests.setdefault(key, {})[index] = value
+        answers = {}
+        for (reduce, axes, _), values in requests.items():
+            answers |= _joined(reduce, axes, values) if axes else values
+    return results
+
+
+def _joined(
+    reduce: Any, axes: tuple[str, ...], values: dict[int, jax.Array]
+) -> dict[int, jax.Array]:
+    """Return `reduce(value, axes)` of each of `values`, in one collective."""
+    flat = jnp.concatenate([value.reshape(-1) for value in values.values()])
+    ends = np.cumsum([value.size for value in values.values()])
+    pieces = jnp.split(reduce(flat, axes), ends[:-1])
+    return {
+        index: piece.reshape(value.shape)
+        for (index, value), piece in zip(values.items(), pieces, strict=True)
+    }

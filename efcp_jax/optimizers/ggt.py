@@ -1,0 +1,96 @@
+"""Full-matrix Adagrad over a window of gradients."""
+
+from typing import Any
+
+import chex
+import jax
+import optax
+
+from efcp_jax import compressors
+from efcp_jax.optimizers.chain import with_learning_rate
+from efcp_jax.transforms import scale_by_ggt
+
+
+def ggt(
+    learning_rate: optax.ScalarOrSchedule,
+    window_size: int | None = None,
+    eps: optax.ScalarOrSchedule = 1e-4,
+    b1: chex.Numeric = 0.0,
+    b2: chex.Numeric = 1.0,
+    momentum: optax.ScalarOrSchedule | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Any = None,
+    *,
+    value_dtype: jax.typing.DTypeLike | None = None,
+    error_feedback: bool = True,
+    error_dtype: jax.typing.DTypeLike | None = None,
+    skip_nonfinite: bool = True,
+    sharding: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Full-matrix Adagrad over a window of gradients.
+
+    $$\theta \leftarrow
+    \theta - \eta\, [((G^T G)^{1/2} + \epsilon I)^{-1} c_t + w \theta]$$
+
+    The rows of $G$ are the last $m$ gradients and $c_t$ is the newest.
+
+    Args:
+        learning_rate: Step size; a number or a schedule. The preconditioned gradient
+            is at most about 1 long, so values near 1 are natural.
+        window_size: Number of gradients $m$ kept, at least 1; None for 64.
+        eps: $\epsilon \ge 0$ of $((G^T G)^{1/2} + \epsilon I)^{-1}$, in the unit of a
+            gradient norm; a number or a schedule. Large values approach gradient
+            descent.
+        b1: Decay of a first moment over the window, in [0, 1) and at most `b2`.
+        b2: Decay of the older rows of the window, in (0, 1]; 1 for none.
+        momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.
+            None or 0 for none, without a buffer.
+        weight_decay: Decoupled weight decay, at least 0, multiplied by the learning
+            rate; a number or a schedule.
+        mask: Tree of booleans, or a function from parameters to one, that says which
+            leaves decay; None for all.
+        value_dtype: Floating dtype of the stored rows; None for the working dtype.
+        error_feedback: Whether what compression drops is added to the next gradient.
+        error_dtype: Floating dtype of the error; None for the working dtype.
+        skip_nonfinite: Whether gradients with entries that are not finite are skipped.
+        sharding: Where the parameters live; see `scale_by_ggt`.
+
+    Returns:
+        A gradient transformation to be passed to the training loop like any of Optax's.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or a structural one is traced.
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> import efcp_jax, jax, jax.numpy as jnp, optax
+        >>> tx = efcp_jax.ggt(0.3, window_size=16)
+        >>> params = jnp.zeros(3)
+        >>> def step(_, carry):
+        ...     params, state = carry
+        ...     updates, state = tx.update(2 * (params - 1), state, params)
+        ...     return optax.apply_updates(params, updates), state
+        >>> params, _ = jax.lax.fori_loop(0, 60, step, (params, tx.init(params)))
+        >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
+        True
+
+    References:
+        Agarwal et al., `Efficient Full-Matrix Adaptive Regularization
+        <https://arxiv.org/abs/1806.02958>`_, 2019
+
+    Notes:
+        Memory: 4 m bytes a parameter. Time: two passes over the window, and
+        about 10 m^3 operations.
+    """
+    scale = scale_by_ggt(
+        window_size,
+        eps,
+        b1=b1,
+        b2=b2,
+        compressor=compressors.identity(value_dtype=value_dtype),
+        error_feedback=error_feedback,
+        error_dtype=error_dtype,
+        skip_nonfinite=skip_nonfinite,
+        sharding=sharding,
+    )
+    return with_learning_rate(scale, learning_rate, momentum, weight_decay, mask)

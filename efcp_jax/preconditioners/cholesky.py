@@ -1,0 +1,104 @@
+r"""Cholesky factorisation of large matrices in blocks.
+
+$$\begin{pmatrix} A & B^T \\ B & C \end{pmatrix} = L L^T, \qquad
+L = \begin{pmatrix} F & \\ B F^{-T} & \mathrm{chol}(C - B F^{-T} F^{-1} B^T)
+\end{pmatrix}, \quad F = \mathrm{chol}(A),$$
+
+and the same again for both diagonal blocks. Nearly all work becomes matrix products,
+which XLA runs on all cores of a CPU and on matrix units, where its Cholesky
+factorisation and its triangular solution for one vector run on one core and copy the
+whole matrix first. The rounding errors are those of an unblocked factorisation.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from efcp_jax.numerics import dot
+
+
+# Smaller blocks are not worth their calls.
+_UNBLOCKED = 128
+
+
+class Blocked(NamedTuple):
+    """A lower triangular factor in blocks.
+
+    Attributes:
+        first: The factor $F$ of the first diagonal block.
+        below: The block under it, $B F^{-T}$.
+        second: The factor of what is left of the second diagonal block.
+    """
+
+    first: "Factor"
+    below: jax.Array
+    second: "Factor"
+
+
+# One block is kept as the transpose of its factor: LAPACK wants columns contiguous, and
+# a row-major array has that without a copy once it is transposed.
+Factor: TypeAlias = jax.Array | Blocked
+
+
+def factorise(matrix: jax.Array) -> Factor:
+    """Return the factor of a symmetric matrix, of which the lower half is read.
+
+    Where the matrix is not positive definite to within rounding, pivots are NaN.
+    """
+    size = len(matrix)
+    if size <= _UNBLOCKED:
+        return lax.linalg.cholesky(matrix, symmetrize_input=False).T
+    half = size // 2
+    first = factorise(matrix[:half, :half])
+    below = solve_right(first, matrix[half:, :half])
+    return Blocked(first, below, factorise(matrix[half:, half:] - dot(below, below.T)))
+
+
+def pivots(factor: Factor) -> jax.Array:
+    """Return the diagonal of the factor."""
+    if not isinstance(factor, Blocked):
+        return jnp.diagonal(factor)
+    return jnp.concatenate([pivots(factor.first), pivots(factor.second)])
+
+
+def solve(factor: Factor, rhs: jax.Array) -> jax.Array:
+    """Return the solution of $L L^T x = b$ for a vector."""
+    return backward(factor, forward(factor, rhs))
+
+
+def forward(factor: Factor, rhs: jax.Array) -> jax.Array:
+    """Solve $L x = b$."""
+    if not isinstance(factor, Blocked):
+        return lax.linalg.triangular_solve(
+            factor.T, rhs[:, None], left_side=True, lower=True
+        )[:, 0]
+    half = factor.below.shape[1]
+    first = forward(factor.first, rhs[:half])
+    second = forward(factor.second, rhs[half:] - dot(factor.below, first))
+    return jnp.concatenate([first, second])
+
+
+def backward(factor: Factor, rhs: jax.Array) -> jax.Array:
+    """Solve $L^T x = b$."""
+    if not isinstance(factor, Blocked):
+        return lax.linalg.triangular_solve(
+            factor.T, rhs[:, None], left_side=True, lower=True, transpose_a=True
+        )[:, 0]
+    half = factor.below.shape[1]
+    second = backward(factor.second, rhs[half:])
+    first = backward(factor.first, rhs[:half] - dot(second, factor.below))
+    return jnp.concatenate([first, second])
+
+
+def solve_right(factor: Factor, rhs: jax.Array) -> jax.Array:
+    """Solve $X L^T = B$ for a matrix."""
+    if not isinstance(factor, Blocked):
+        return lax.linalg.triangular_solve(
+            factor.T, rhs, left_side=False, lower=True, transpose_a=True
+        )
+    half = factor.below.shape[1]
+    first = solve_right(factor.first, rhs[:, :half])
+    rest = rhs[:, half:] - dot(first, factor.below.T)
+    return jnp.concatenate([first, solve_right(factor.second, rest)], axis=1)

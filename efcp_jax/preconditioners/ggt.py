@@ -1,0 +1,61 @@
+"""The coefficients of GGT: the inverse root of an m x m matrix."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from efcp_jax.numerics import dot
+
+
+def ggt_coefficients(
+    gram: jax.Array,
+    scale: jax.Array,
+    age: jax.Array,
+    filled: jax.Array,
+    eps: chex.Numeric,
+    b1: chex.Numeric,
+    b2: chex.Numeric,
+) -> jax.Array:
+    r"""Return $S D ((D S \hat K S D)^{1/2} + \epsilon I)^{-1} D^{-1} b$.
+
+    $D = \mathrm{diag}(b_2^{age})$ lets old rows fade and
+    $b = (1 - b_1)\, b_1^{age}$ is the first moment of the stored gradients, so that the
+    update is $((\tilde G^T \tilde G)^{1/2} + \epsilon I)^{-1} G^T b$ with
+    $\tilde G = D G$, exactly.
+
+    Args:
+        gram: $\hat K$, shape `(m, m)`.
+        scale: $s$, shape `(m,)`; 0 for empty slots.
+        age: Age of every slot, 0 for the newest, shape `(m,)`.
+        filled: Number of slots that hold a row, at least 1.
+        eps: $\epsilon \ge 0$, in the unit of a gradient norm. Singular values below the
+            root of the rounding unit (3e-4 in float32) times the largest are taken to
+            be that large, which is what the Gram matrix resolves.
+        b1: Decay of the first moment, in [0, 1), at most `b2`.
+        b2: Decay of the rows, in (0, 1].
+
+    Returns:
+        Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`.
+
+    References:
+        Agarwal et al., `Efficient Full-Matrix Adaptive Regularization
+        <https://arxiv.org/abs/1806.02958>`_, 2019
+
+    Notes:
+        One symmetric eigendecomposition, about 10 m^3 operations.
+    """
+    dtype = gram.dtype
+    b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
+    eps = jnp.maximum(eps, 0)  # a schedule may undershoot by a rounding error
+    weights = scale * b2**age
+    norms = weights * jnp.sqrt(jnp.diagonal(gram))
+    largest = jnp.max(norms)
+    inverse = 1 / jnp.where(largest > 0, largest, 1)
+    weights = weights * inverse
+    values, vectors = jnp.linalg.eigh(weights[:, None] * gram * weights)
+    floor = jnp.finfo(dtype).eps * jnp.maximum(values[-1], 1)
+    singular = jnp.sqrt(jnp.maximum(values, floor))
+    # D^-1 b as one power, which neither under- nor overflows for b1 <= b2.
+    moment = jnp.where(age < filled, (1 - b1) * (b1 / b2) ** age, 0)
+    rotated = dot(vectors.T, moment) / (singular + eps * inverse)
+    return weights * dot(vectors, rotated)

@@ -1,0 +1,219 @@
+r"""Solution of the m x m system, with a factorisation that serves many steps.
+
+Slots are overwritten in turn, so while a run of r slots is overwritten, all other rows
+stay. With the run behind the others, the matrix is
+
+$$\begin{pmatrix} A & B \\ B^T & C \end{pmatrix} = L L^T, \qquad
+L = \begin{pmatrix} F & \\ W^T & \mathrm{chol}(C - W^T W) \end{pmatrix}, \quad
+F F^T = A, \quad W = F^{-1} B,$$
+
+where $F$ is made once a run, and a step replaces one column of $W$: $m^2$ operations
+instead of $m^3 / 3$. It is a Cholesky factorisation like any other, with its rounding
+errors and no more, however many steps it serves.
+
+Instead of moving rows, $A$ has the run's rows and columns of the identity.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from efcp_jax.numerics import dot
+from efcp_jax.preconditioners import cholesky
+
+
+# Smaller matrices are factorised faster than the kept factor is read.
+_SMALLEST = 512
+
+# Slots of a run. A longer one makes F more seldom and the blocks of the run larger.
+_RUN = 64
+
+# Eigenvalues of a unit-diagonal matrix below this many rounding errors of the largest
+# are rounding errors themselves.
+_NOISE = 10.0
+
+
+class System(NamedTuple):
+    r"""The matrix $w_i \hat K_{ij} w_j / n$ with a diagonal of ones.
+
+    Attributes:
+        gram: $\hat K$, symmetric, row by row, shape `(m^2,)`.
+        weights: $w$, shape `(m,)`.
+        divisor: $n$.
+    """
+
+    gram: jax.Array
+    weights: jax.Array
+    divisor: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Number of rows m."""
+        return len(self.weights)
+
+    def rows(self, start: jax.Array | int, count: int) -> jax.Array:
+        """Return `count` rows of the matrix from `start`, shape `(count, m)`."""
+        size = self.size
+        rows = lax.dynamic_slice_in_dim(self.gram, start * size, count * size)
+        weights = lax.dynamic_slice_in_dim(self.weights, start, count)
+        rows = weights[:, None] * rows.reshape(count, size) * self.weights
+        index = jnp.arange(size)
+        diagonal = start + index[:count, None] == index
+        return jnp.where(diagonal, 1, rows / self.divisor)
+
+
+class Kept(NamedTuple):
+    """What one step leaves to the next of its factorisation.
+
+    Attributes:
+        run: First slot of the run, int32; -1 if nothing is kept.
+        damping: The damping it was made with.
+        divisor: The divisor it was made with.
+        factor: $F$.
+        coupling: $W^T$, shape `(r, m)`.
+    """
+
+    run: jax.Array
+    damping: jax.Array
+    divisor: jax.Array
+    factor: cholesky.Factor
+    coupling: jax.Array
+
+
+def empty(size: int, dtype: jax.typing.DTypeLike) -> Kept | None:
+    """Return what there is to keep before the first step; None for small matrices."""
+    if size < _SMALLEST:
+        return None
+    made = jax.eval_shape(cholesky.factorise, jax.ShapeDtypeStruct((size,) * 2, dtype))
+    return Kept(
+        run=jnp.int32(-1),
+        damping=jnp.zeros((), dtype),
+        divisor=jnp.zeros((), dtype),
+        factor=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), made),
+        coupling=jnp.zeros((_RUN, size), dtype),
+    )
+
+
+# Compiled by itself, so that steps outside of `jit` do not compile the loop anew.
+@jax.jit
+def solve(
+    system: System,
+    inverse: jax.Array,
+    slot: jax.Array,
+    damping: jax.Array,
+    kept: Kept | None,
+) -> tuple[jax.Array, Kept | None]:
+    r"""Solve $D A D x = e_j$ for `system` $D A D$; always finite.
+
+    Where $A$ is singular to within rounding, $D_j D x$ is the limit of
+    $(\delta I + A)^{-1} e_j$ on the range of $A$.
+
+    Args:
+        system: A positive semidefinite matrix.
+        inverse: The diagonal of $D$, shape `(m,)`.
+        slot: $j$, the only slot overwritten since the last step, int32.
+        damping: What the system depends on besides its rows and the divisor.
+        kept: What the last step has left, or None.
+
+    Returns:
+        $x$ and what the next step should be given.
+    """
+    if kept is None:
+        solution, sound = _afresh(system, slot)
+    else:
+        # An accelerator would have to ask the host whether to factorise.
+        solution, sound, kept = lax.platform_dependent(
+            kept,
+            cpu=lambda kept: _resumed(system, slot, damping, kept),
+            default=lambda kept: (
+                *_afresh(system, slot),
+                kept._replace(run=jnp.int32(-1)),
+            ),
+        )
+    remedy = lambda: _remedy(system, inverse, slot)
+    return _unless(sound, solution, remedy), kept
+
+
+def _unless(good: jax.Array, value: Any, make: Callable[[], Any]) -> Any:
+    """Return `value` if it is `good`, else what `make` makes in its place.
+
+    A loop of at most one round: unlike `lax.cond`, under `vmap` it makes nothing unless
+    some member of the batch needs it, and XLA carries arrays through it without a copy.
+    """
+    bad = jnp.logical_not(good)
+    body = lambda _: (jnp.asarray(False), make())
+    return lax.while_loop(lambda carry: carry[0], body, (bad, value))[1]
+
+
+def _afresh(system: System, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the solution by a new factorisation, and whether it is sound."""
+    # LAPACK wants columns contiguous. The transpose has that without a copy.
+    factor = cholesky.factorise(system.rows(0, system.size).T)
+    rhs = jnp.eye(system.size, dtype=system.gram.dtype)[slot]
+    return cholesky.solve(factor, rhs), _sound(factor)
+
+
+def _resumed(
+    system: System, slot: jax.Array, damping: jax.Array, kept: Kept
+) -> tuple[jax.Array, jax.Array, Kept]:
+    """Return the solution with what is kept, whether it is sound, and what to keep."""
+    # The last run begins early where runs do not divide the slots.
+    run = jnp.minimum(slot // _RUN * _RUN, system.size - _RUN).astype(jnp.int32)
+    place = jnp.arange(system.size) - run
+    inside = (place >= 0) & (place < _RUN)
+
+    def renew() -> Kept:
+        eye = jnp.eye(system.size, dtype=system.gram.dtype)
+        rows = jnp.where(inside | inside[:, None], eye, system.rows(0, system.size))
+        factor = cholesky.factorise(rows.T)
+        coupling = jnp.where(inside, 0, system.rows(run, _RUN))
+        coupling = cholesky.solve_right(factor, coupling)
+        new = Kept(run, damping, system.divisor, factor, coupling)
+        return jax.tree.map(jnp.ravel, new)
+
+    valid = (kept.run == run) & (kept.damping == damping)
+    valid &= kept.divisor == system.divisor
+    # Flat arrays have only one layout. Matrices would be transposed for LAPACK in front
+    # of every step.
+    flat = _unless(valid, jax.tree.map(jnp.ravel, kept), renew)
+    kept = jax.tree.map(lambda array, like: array.reshape(like.shape), flat, kept)
+    # Right behind a renewal too, so that the result is the same whenever that was.
+    row = jnp.where(inside, 0, system.rows(slot, 1)[0])
+    row = cholesky.forward(kept.factor, row)
+    kept = kept._replace(coupling=kept.coupling.at[slot - run].set(row))
+    corner = lax.dynamic_slice_in_dim(system.rows(run, _RUN), run, _RUN, axis=1)
+    corner = cholesky.factorise(corner - dot(kept.coupling, kept.coupling.T))
+    last = cholesky.solve(corner, jnp.eye(_RUN, dtype=row.dtype)[slot - run])
+    others = cholesky.backward(kept.factor, dot(last, kept.coupling))
+    solution = lax.dynamic_update_slice_in_dim(-others, last, run, axis=0)
+    return solution, _sound(kept.factor) & _sound(corner), kept
+
+
+def _sound(factor: cholesky.Factor) -> jax.Array:
+    """Return whether no row depends on others to within rounding."""
+    pivots = cholesky.pivots(factor)
+    # Squared pivots are the squared distances of each row from those before it.
+    return jnp.all(pivots**2 > _NOISE * jnp.finfo(pivots.dtype).eps)  # False for NaN
+
+
+def _remedy(system: System, inverse: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return the solution without the directions that rounding made up."""
+    matrix = system.rows(0, system.size)
+    noise = _NOISE * jnp.finfo(matrix.dtype).eps
+    rhs = jnp.eye(system.size, dtype=matrix.dtype)[slot]
+    values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)
+    kept = values > noise * values[-1]
+    # The null space of A is D times that of D A D. What e_j has in it is taken out
+    # first, so that dependent rows are weighed by their norms, not all alike.
+    null = inverse[:, None] * jnp.where(kept, 0, vectors)
+    peaks = jnp.max(jnp.abs(null), axis=0)
+    left, singular, _ = jnp.linalg.svd(null / jnp.where(peaks > 0, peaks, 1))
+    outside = jnp.where(singular > noise * jnp.maximum(singular[0], 1), left, 0)
+    inside = rhs - dot(outside, outside[slot])
+    ratio = jnp.minimum(inverse / inverse[slot], 1 / jnp.finfo(matrix.dtype).tiny)
+    weights = dot(vectors.T, ratio * inside) * jnp.where(kept, 1, 0)
+    weights = weights / jnp.where(kept, values, 1)
+    return dot(vectors, weights)

@@ -1,0 +1,1 @@
+"""What is computed from states on request, and never carried in them."""

@@ -1,0 +1,164 @@
+"""The cost model of `examples/README.md`, against compiled programs."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import pytest
+
+import efcp_jax
+
+
+README = pathlib.Path(__file__).parents[2] / "examples" / "README.md"
+
+
+def sparse_bytes(d, n, m, block, kept, value, offset, error=4):
+    """Return bytes a device of the window, and of everything."""
+    window = m * kept / block * (value + offset) * d / n
+    return window + error * d / n + small_bytes(m)
+
+
+def dense_bytes(d, n, m, value, error):
+    return (m * value + error) * d / n + small_bytes(m)
+
+
+def low_rank_bytes(matrices, rows, cols, n_rows, n_cols, m, rank, value):
+    """Return bytes a device of equal matrices, each side divided by its axes."""
+    window = m * rank * value * (rows / n_rows + cols / n_cols)
+    error = 4 * rows * cols / (n_rows * n_cols)
+    basis = 4 * rank * cols / n_cols
+    return matrices * (window + error + basis) + small_bytes(m)
+
+
+def small_bytes(m):
+    """Return bytes of the Gram matrix, the scales and four counters."""
+    return 4 * m * m + 4 * m + 16
+
+
+def compiled(tx, shapes, axes, specs):
+    kinds = (AxisType.Explicit,) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+    params = {
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, specs[name])
+        )
+        for name, shape in shapes.items()
+    }
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            efcp_jax.sharding.abstract_state(tx, params),
+            efcp_jax.sharding.state_shardings(tx, params),
+        )
+        update = jax.jit(tx.update).lower(params, state, params).compile()
+        local = sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(state)
+        )
+        init = jax.jit(tx.init).lower(params).compile().memory_analysis()
+    # The compiler adds a table of pointers to the outputs.
+    table = 8 * len(jax.tree.leaves(state))
+    assert init.output_size_in_bytes - local in (0, table)
+    return local, update
+
+
+SHAPES = {"w": (256, 64)}
+SIZE = 256 * 64
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_bytes_a_device_are_those_of_the_cost_model(devices):
+    axes, specs = {"x": devices}, {"w": P("x")}
+    sparse = efcp_jax.top_k(1 / 16, block_size=256, value_dtype=jnp.bfloat16)
+    for m in (4, 9):
+        found, _ = compiled(
+            efcp_jax.scale_by_mfac(m, compressor=sparse), SHAPES, axes, specs
+        )
+        assert found == sparse_bytes(SIZE, devices, m, 256, 16, 2, 1)
+    dense = efcp_jax.identity(value_dtype=jnp.bfloat16)
+    found, _ = compiled(
+        efcp_jax.scale_by_mfac(4, compressor=dense), SHAPES, axes, specs
+    )
+    assert found == dense_bytes(SIZE, devices, 4, 2, 4)
+    for axes, spec in (
+        ({"x": devices}, P("x")),
+        ({"x": devices}, P(None, "x")),
+        ({"x": devices // 2, "y": 2}, P("x", "y")),
+    ):
+        ways = [axes[name] if name else 1 for name in (*spec, None)[:2]]
+        tx = efcp_jax.scale_by_mfac(4, compressor=efcp_jax.low_rank(3))
+        found, _ = compiled(tx, SHAPES, axes, {"w": spec})
+        assert found == low_rank_bytes(1, 256, 64, *ways, 4, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "slope"),
+    [
+        (efcp_jax.identity(), lambda rows, cols, n: 4 * rows * cols / n),
+        (
+            efcp_jax.low_rank(2),
+            lambda rows, cols, n: 2 * 4 * (rows / n + cols) + 2 * 2 * rows * cols / n,
+        ),
+    ],
+    ids=["dense", "low rank"],
+)
+def test_operations_grow_with_the_window_as_in_the_cost_model(compressor, slope):
+    # Wide enough that what is not a product over the window is small beside it.
+    shapes, n = {"w": (1024, 512)}, 8
+    flops = []
+    for m in (8, 24):
+        tx = efcp_jax.scale_by_mfac(m, compressor=compressor)
+        _, update = compiled(tx, shapes, {"x": n}, {"w": P("x")})
+        flops.append(update.cost_analysis()["flops"])
+    expected = slope(1024, 512, n)
+    assert (flops[1] - flops[0]) / 16 == pytest.approx(expected, rel=0.1)
+
+
+def test_bytes_on_the_wire_are_those_of_the_cost_model():
+    sparse = efcp_jax.top_k(1 / 16, block_size=256)
+    for m in (4, 9):
+        tx = efcp_jax.scale_by_mfac(m, compressor=sparse)
+        for spec, gathered in ((P("x"), 0), (P(), SIZE)):
+            _, update = compiled(tx, SHAPES, {"x": 8}, {"w": spec})
+            found = dict(efcp_jax.sharding.collectives(update))
+            assert found.pop("all-reduce") == m
+            assert found.pop("all-gather", 0) == gathered
+            assert not found
+
+
+def test_the_table_in_the_readme_follows_from_the_formulas():
+    text = README.read_text()
+    d, n, m = 7e9, 256, 64
+    matrices = d / 4096**2
+    megabytes = {
+        "sparse": sparse_bytes(d, n, m, 4096, 41, 2, 2),
+        "sparse, m = 1024": sparse_bytes(d, n, 1024, 4096, 41, 2, 2),
+        "dense": dense_bytes(d, n, m, 4, 0),
+        "low rank, rows over 256": low_rank_bytes(
+            matrices, 4096, 4096, 256, 1, m, 4, 2
+        ),
+        "low rank, 16 x 16": low_rank_bytes(matrices, 4096, 4096, 16, 16, m, 4, 2),
+        "Adam": 8 * d / n,
+    }
+    operations = {
+        "sparse": 4 * m * 41 / 4096 * d / n,
+        "sparse, m = 1024": 4 * 1024 * 41 / 4096 * d / n,
+        "dense": 4 * m * d / n,
+        "low rank, rows over 256": matrices
+        * (
+            2 * m * 4 * 4096**2 / n
+            + 2 * m * 16 * (4096 / 256 + 4096)
+            + 6 * 4 * 4096**2 / n
+        ),
+        "low rank, 16 x 16": matrices
+        * (2 * m * 4 * 4096**2 / n + 2 * m * 16 * 512 + 6 * 4 * 4096**2 / n),
+    }
+    rows = dict(re.findall(r"^\| ([^|]*?) \| ([^|]*?) \|", text, flags=re.M))
+    for name, value in megabytes.items():
+        assert rows[name] == f"{value / 1e6:,.0f} MB", (name, value)
+    work = dict(re.findall(r"^\| ([^|]*?) \| [^|]*? \| ([^|]*?) \|", text, flags=re.M))
+    for name, value in operations.items():
+        assert work[name] == f"{value / 1e9:.2f} GFLOP", (name, value)

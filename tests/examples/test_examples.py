@@ -1,0 +1,41 @@
+"""The short examples run, and print what the documentation promises."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+
+
+def output(script):
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    ).stdout
+
+
+def test_a_flax_loop_through_an_orbax_checkpoint_is_the_loop_without_a_stop():
+    text = output("checkpoint.py")
+    equal, arrays = map(int, re.search(r"bit: (\d+) of (\d+)$", text, re.M).groups())
+    assert equal == arrays > 10
+    assert "losses after the checkpoint equal: True" in text
+    for first, last in re.findall(r"loss (\S+) -> (\S+)$", text, re.M):
+        assert float(last) < 0.5 * float(first)
+
+
+def test_gradients_accumulated_outside_give_the_parameters_of_multi_steps():
+    text = output("accumulate_gradients.py")
+    (difference,) = re.findall(r"difference of the parameters: (\S+)$", text, re.M)
+    assert float(difference) < 1e-3
+
+
+def test_readme_names_every_example():
+    text = (EXAMPLES / "README.md").read_text()
+    scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    assert len(scripts) > 3
+    assert [name for name in scripts if f"`{name}`" not in text] == []
