@@ -63,8 +63,8 @@ def same_trees(updates: Any, params: Any) -> None:
 def same_state(state: Any, expected: Any, updates: Any) -> None:
     """Raise, naming the leaf, if `state` was not made by `init` for such `updates`.
 
-    A packed state knows how many numbers the parameters have, not their tree; the
-    low-rank state mirrors the tree.
+    A packed state knows how many numbers the parameters have, a low-rank state the
+    shapes of their matrices and how many there are of each, neither their tree.
 
     Args:
         state: The state given to `update`.

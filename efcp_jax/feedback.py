@@ -4,15 +4,15 @@ $a_t = e_t + g_t$, $c_t = C(a_t)$, $e_{t+1} = a_t - c_t$, $e_0 = 0$. Nothing is 
 only delayed; the rounding of stored values is part of the error.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import passes
 from efcp_jax.compressors import Space
-from efcp_jax.numerics import cast, power_of_two
 
 
 class Compressed(NamedTuple):
@@ -61,40 +61,14 @@ def compress(
     Returns:
         The compressed gradient and everything the next step needs.
     """
-    finite = space.layout.finite(tree)
+    finite = passes.finite(
+        functools.partial(space.layout.pieces, tree),
+        lambda: jax.tree.leaves(space.pack(tree)),
+    )
     accept = finite if guarded else jnp.asarray(True)
-    total = _total(space, tree, error, accept)
-    if scaled:
-        peaks = [_peak(leaf) for leaf in jax.tree.leaves(total)]
-        scale, inverse = power_of_two(jnp.max(jnp.stack(peaks or [jnp.zeros(())])))
-    else:
-        scale = inverse = jnp.ones((), space.layout.dtype)
-    row, basis = space.compress(total, basis, inverse)
-    if error is not None:
-        rest = space.residual(total, row, jnp.where(accept, scale, 0))
-        # An infinity in the error would make every later step non-finite.
-        error = jax.tree.map(lambda a, e: cast(a, e.dtype), rest, error)
-    return Compressed(row, scale, error, basis, finite)
-
-
-def _total(
-    space: Space,
-    tree: chex.ArrayTree,
-    error: chex.ArrayTree | None,
-    accept: jax.Array,
-) -> chex.ArrayTree:
-    """Return the error plus the gradient, or the error alone if not `accept`.
-
-    A sum that overflows becomes the largest number.
-    """
     if error is None:
-        return jax.tree.map(lambda g: jnp.where(accept, g, 0), space.pack(tree))
-    error = jax.tree.map(lambda e: e.astype(space.layout.dtype), error)
-    return space.accumulate(tree, error, accept)
-
-
-def _peak(x: jax.Array) -> jax.Array:
-    """Return the largest magnitude in `x`, in one reduction without a temporary."""
-    larger = lambda peak, x: jnp.maximum(jnp.abs(peak), jnp.abs(x))
-    peak = lax.reduce(x, jnp.zeros((), x.dtype), larger, tuple(range(x.ndim)))
-    return jnp.abs(peak)  # XLA may return a single entry as it is
+        total = jax.tree.map(lambda g: jnp.where(accept, g, 0), space.pack(tree))
+        row, scale, basis = space.compress(total, basis, scaled)
+    else:
+        row, scale, error, basis = space.feed(tree, error, basis, accept, scaled)
+    return Compressed(row, scale, error, basis, finite)

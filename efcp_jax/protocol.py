@@ -16,6 +16,25 @@ from efcp_jax.devices import description, placement
 from efcp_jax.devices.boxes import strip_boxes
 
 
+def _stand_in() -> type:
+    """Return the type that `optax.tree.map_params` initialises with.
+
+    It stands for parameters of any structure. States here depend on that structure
+    beyond fields that mirror it, so it is answered with that of the last state.
+    """
+    found: list[type] = []
+
+    def init(params: Any) -> tuple[()]:
+        found.append(type(params))
+        return ()
+
+    optax.tree.map_params(init, lambda leaf: leaf, ())
+    return found[0]
+
+
+_STAND_IN = _stand_in()
+
+
 def transformation(
     compressor: Compressor,
     init: Callable[[Space], Any],
@@ -32,12 +51,21 @@ def transformation(
     def space_of(tree, dtype, placed):
         return compressor.bind(placement.layout(tree, dtype, placed))
 
+    # The structure of the last state made or taken, for `optax.tree.map_params`.
+    structure: list[Any] = [None]
+
     def init_fn(params):
+        known, asked = structure[0], description.asked()
+        if known is not None and not asked and isinstance(params, _STAND_IN):
+            return known.unflatten([0] * known.num_leaves)
         params = strip_boxes(params)
         _validate_trees.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
-        return description.start(init, space, placed, specs(space))
+        state = description.start(init, space, placed, specs(space))
+        if not asked:
+            structure[0] = jax.tree.structure(state)
+        return state
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -51,6 +79,7 @@ def transformation(
         local = jax.eval_shape(lambda: init(space))
         made = description.global_arrays(local, specs(space), placed)
         _validate_trees.same_state(state, made, updates)
+        structure[0] = jax.tree.structure(state)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
             for name, value in hyperparameters.items()

@@ -1,7 +1,8 @@
 """The states of the transformations: arrays only, of fixed shapes and dtypes.
 
-Every field is a scalar, an array of its own, or a tree that mirrors the parameters, so
-that checkpoints, `optax.tree.map_params` and Flax's optimizers take it as it is.
+Every field is a scalar, an array of its own, or a dictionary of arrays, one for each
+group of leaves that are one batch, named by the shape of their matrices. Checkpoints,
+`optax.tree.map_params` and Flax's optimizers take it as it is.
 """
 
 from typing import NamedTuple
@@ -38,8 +39,8 @@ class ScaleByMfacState(NamedTuple):
             feedback.
         basis: What the compressor carries between steps, or None.
         window: The last m compressed gradients.
-        gram: Inner products of the window's stored rows, shape `(m, m)`; a tree of such
-            matrices where the compressor is block diagonal.
+        gram: Inner products of the window's stored rows, shape `(m, m)`; where the
+            compressor is block diagonal, `(g, m, m)` for each group of g leaves.
         factor: What is kept of the factorisation of each m x m system for the steps to
             come, or None.
     """

@@ -148,16 +148,10 @@ def preconditioned(
                 finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
                 accept = functools.reduce(jnp.logical_and, finite, new.finite)
             window = windows.insert(window, new.row, new.scale, accept)
-        gram = jax.tree.map(
-            lambda old, row: grams.replace(old, row, slot, accept),
-            state.gram,
-            products,
-        )
-        solved = jax.tree.map(
-            lambda k, kept: coefficients(k, kept, window, slot, values),
-            gram,
-            state.factor,
-        )
+        replace = lambda old, row: grams.replace(old, row, slot, accept)
+        gram = jax.tree.map(space.each_gram(replace), state.gram, products)
+        solve = lambda k, kept: coefficients(k, kept, window, slot, values)
+        solved = jax.tree.map(space.each_gram(solve), gram, state.factor)
         weights = jax.tree.map(
             lambda _, new: jnp.where(accept, new[0], 0), gram, solved
         )

@@ -51,6 +51,8 @@ BANNED = {
 }
 # Checks of arguments, which every room may call.
 CHECKS = {"_validate", "_validate_trees"}
+# Files of the m x m solver that know platforms.
+M_BY_M = {"preconditioners/system.py", "preconditioners/root.py"}
 # Types of states, for isinstance and annotations.
 STATES = {"ErrorFeedbackState", "ScaleByMfacState", "ScaleByGgtState"}
 
@@ -122,7 +124,7 @@ def test_the_m_by_m_room_knows_no_representation(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_only_passes_and_the_m_by_m_solver_ask_for_the_platform(path):
-    if room(path) == "passes" or str(path) == "preconditioners/system.py":
+    if room(path) == "passes" or str(path) in M_BY_M:
         return
     text = (ROOT / path).read_text()
     for name in ("platform_dependent", "default_backend", "device_kind"):
@@ -138,7 +140,7 @@ def test_a_file_is_two_screens_of_code_at_most(path):
 def test_feedback_and_window_know_only_the_protocol(name):
     # Of compressors the protocol, and helpers that know no representation.
     allowed = {"compressors.Space", "compressors.ROW_AXIS"}
-    allowed |= {"numerics.cast", "numerics.power_of_two", "passes.overwrite.overwrite"}
+    allowed |= {"numerics.cast", "numerics.power_of_two", "passes"}
     assert set(own_imports(pathlib.Path(f"{name}.py"))) <= allowed
 
 

@@ -50,7 +50,8 @@ def history(name, accept=(True,) * STEPS):
             new = feedback.compress(space, gradient, None, basis, scaled=True)
             products = windows.inner(space, before, new.row)
             after = windows.insert(before, new.row, new.scale, accepted)
-            stored = [space.unpack(space.expand(windows.read(after, i))) for i in SLOTS]
+            rows = [cases.stored_row(space, after.rows, i) for i in SLOTS]
+            stored = [space.unpack(space.expand(each)) for each in rows]
             row = space.expand(new.row)
             vector = space.unpack(jax.tree.map(lambda x: x * new.scale, row))
             step = Step(before, after, stored, products, new.scale)
@@ -100,7 +101,7 @@ def test_rejected_rows_leave_the_window_as_it_was():
 def test_inner_is_the_new_row_of_the_gram_matrix(name):
     for step, _ in history(name):
         slot = int(step.before.slot)
-        leaves = jax.tree.leaves(step.products)
+        leaves = cases.products_by_leaf(name, step.products)
         for product, part in zip(leaves, cases.parts(name), strict=True):
             expected = step.stored[:, part] @ step.stored[slot, part]
             np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-6)
@@ -113,7 +114,7 @@ def test_an_empty_window_is_all_zeros_of_the_stored_types():
     space = cases.bound("top_k-blocks-bf16")
     window = windows.empty(space, M, jnp.float32)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(window))
-    assert window.rows.values.shape == (3, M, 4)
+    assert window.rows.values.shape == (1, 4 * M, 3)
     assert window.rows.values.dtype == jnp.bfloat16
     assert window.rows.offsets.dtype == jnp.uint8
     assert window.scale.shape == (M,)

@@ -5,20 +5,24 @@ layout of a tree it gives a *space*, which knows all shapes. A space works on th
 kinds of values:
 
 * a *vector*: the gradient in working form, an array or a tree of matrices of reals;
-* a *row*: a compressed vector, a tree of arrays `(s, ...)`;
-* a *window*: m rows stacked along axis 1, a tree of arrays `(s, m, ...)`.
+* a *row*: a compressed vector, a tree of arrays `(s, k, ...)`;
+* a *window*: m rows laid end to end along axis 1, a tree of arrays `(s, m k, ...)`, so
+  that a row is a window of one.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from efcp_jax.devices.layout import Layout
+from efcp_jax.numerics import cast
 
 
-# Every array of a window stacks its rows along this axis, behind the axis that is
-# divided among devices and scanned block by block.
+# Every array of a window lays its rows end to end along this axis, behind the axis that
+# is divided among devices and scanned block by block.
 ROW_AXIS = 1
 
 # Only its space knows which tree of arrays each of these is.
@@ -42,6 +46,10 @@ class Mover(Protocol):
 
     def rows(self, rows: Rows, /) -> Rows:
         """Return a window in the new layout."""
+        ...
+
+    def grams(self, grams: Gram, /) -> Gram:
+        """Return the Gram matrices, or what there is one of for each, likewise."""
         ...
 
 
@@ -76,9 +84,28 @@ class Space(Protocol):
         ...
 
     def compress(
-        self, vector: Vector, basis: Basis | None, factor: chex.Numeric = 1.0
-    ) -> tuple[Row, Basis | None]:
-        """Return the row that stands for `factor * vector`, and the next basis."""
+        self, vector: Vector, basis: Basis | None, scaled: bool
+    ) -> tuple[Row, jax.Array, Basis | None]:
+        """Return a row, its scale and the next basis: the vector is about scale * row.
+
+        The scale is the power of two above the largest entry if `scaled`, 0 for a
+        vector of zeros, else 1. Dividing by it is exact.
+        """
+        ...
+
+    def feed(
+        self,
+        tree: chex.ArrayTree,
+        error: Vector,
+        basis: Basis | None,
+        accept: jax.Array,
+        scaled: bool,
+    ) -> tuple[Row, jax.Array, Vector, Basis | None]:
+        """Compress `error` plus `tree`; return the row, its scale, error and basis.
+
+        The error comes in the dtype it is kept in, and so does what is left of it. If
+        not `accept`, the tree is not added, and the error stays as it is.
+        """
         ...
 
     def expand(self, row: Row) -> Vector:
@@ -92,8 +119,8 @@ class Space(Protocol):
     def inner(self, window: Rows, row: Row) -> Gram:
         """Return G x: this device's share of the inner products of rows and `row`.
 
-        Shape `(m,)`, or for a block-diagonal Gram a tree of such arrays. Summed over
-        all devices the shares are the inner products of the whole vectors.
+        Shape `(m,)`, or for a block-diagonal Gram a tree of arrays `(g, m)`. Summed
+        over all devices the shares are the inner products of the whole vectors.
         """
         ...
 
@@ -106,12 +133,38 @@ class Space(Protocol):
         ...
 
     def grams(self, value: Any) -> Gram:
-        """Return `value` once for each Gram matrix of the representation."""
+        """Return `value` once for each array of Gram matrices."""
+        ...
+
+    def each_gram(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` of one Gram matrix for an array of them."""
         ...
 
     def mover(self, new: Any) -> Mover:
         """Return what moves states of this space to `new`, one of its kind."""
         ...
+
+    def upgrader(self) -> Mover:
+        """Return what moves states that version 0.1.0 saved on one device here."""
+        ...
+
+
+def feed(
+    space: Space,
+    tree: chex.ArrayTree,
+    error: Vector,
+    basis: Basis | None,
+    accept: jax.Array,
+    scaled: bool,
+) -> tuple[Row, jax.Array, Vector, Basis | None]:
+    """Do what `Space.feed` does, one operation of the space after the other."""
+    before = jax.tree.map(lambda e: e.astype(space.layout.dtype), error)
+    total = space.accumulate(tree, before, accept)
+    row, scale, basis = space.compress(total, basis, scaled)
+    rest = space.residual(total, row, jnp.where(accept, scale, 0))
+    # An infinity in the error would make every later step non-finite.
+    rest = jax.tree.map(lambda a, e: cast(a, e.dtype), rest, error)
+    return row, scale, rest, basis
 
 
 @runtime_checkable

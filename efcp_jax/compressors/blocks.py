@@ -5,8 +5,8 @@ zeros. On several devices, leaves held by different numbers of devices start at
 separate blocks, so that equal blocks stay equal on all devices that hold them.
 """
 
-from collections.abc import Callable
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import saturate
-from efcp_jax.passes.overwrite import overwrite
 
 
 # On a mesh where some leaves are replicated, one block for everything would pad the
@@ -51,24 +51,36 @@ class Blocks:
     weights: np.ndarray | None
 
     @classmethod
-    def of(cls, layout: Layout, size: int | None) -> "Blocks":
-        """Lay out the leaves of `layout`; `size=None` asks for the largest blocks."""
+    def of(cls, layout: Layout, size: int | None, tile: int = 1) -> "Blocks":
+        """Lay out the leaves of `layout`.
+
+        Args:
+            layout: The tree's leaves on this device.
+            size: Entries a block; None for the largest blocks.
+            tile: The number of blocks of every device is a multiple of this many, or of
+                itself if there are fewer.
+
+        Returns:
+            The layout of blocks.
+        """
         members: dict[int, list[int]] = {}
         for index, leaf in enumerate(layout.leaves):
             members.setdefault(layout.copies(leaf), []).append(index)
         copies = sorted(members)
         totals = [sum(layout.leaves[i].size for i in members[c]) for c in copies]
         largest = max([*totals, 1])
+        ways = layout.ways(layout.split)
         if size is None:
-            size = -(-largest // layout.ways(layout.split))
+            size = -(-largest // ways)
             size = size if len(copies) <= 1 else min(size, _MESH_BLOCK)
         # A given size is cut down to the leaves, never to a device's share of them, so
         # that data parallelism selects the same entries as one device.
         size = min(size, largest)
         counts = [-(-n // size) for n in totals] or [1]
+        share = max(1, -(-sum(counts) // ways))
+        share += -share % min(tile, share)
         # The last group takes the blocks that make the count divide among devices.
-        counts[-1] += -sum(counts) % layout.ways(layout.split)
-        counts[-1] += layout.ways(layout.split) * (not any(counts))
+        counts[-1] += share * ways - sum(counts)
         members_in_order = [tuple(members[c]) for c in copies] or [()]
         weights = np.repeat([1.0 / c for c in copies] or [1.0], counts)
         return cls(
@@ -127,66 +139,40 @@ class Blocks:
         self, tree: chex.ArrayTree, blocks: jax.Array, accept: jax.Array
     ) -> jax.Array:
         """Return `blocks` plus those of `tree` if `accept`, in place on one device."""
-
-        def select(flat: jax.Array) -> jax.Array:
-            total = saturate(flat + self.pack(tree).reshape(-1), flat.dtype)
-            return jnp.where(accept, total, flat)
-
-        def add_in_place(flat: jax.Array) -> jax.Array:
-            start = 0
-            # XLA updates a slice where it lies if it is read at the same place, which
-            # it can tell only while the place is not a constant.
-            zero = lax.optimization_barrier(jnp.int32(0))
-            for piece in self.layout.pieces(tree):
-                at = zero + start
-                old = lax.dynamic_slice_in_dim(flat, at, piece.size)
-                new = saturate(old + piece, flat.dtype)
-                flat = lax.dynamic_update_slice_in_dim(flat, new, at, axis=0)
-                start += piece.size
-            return flat
-
-        flat = blocks.reshape(-1)
         if not self.flat:
-            return select(flat).reshape(blocks.shape)
-        return overwrite(accept, add_in_place, select, flat).reshape(blocks.shape)
+            total = saturate(blocks + self.pack(tree), blocks.dtype)
+            return jnp.where(accept, total, blocks)
+        pieces = functools.partial(self.layout.pieces, tree)
+        packed = lambda: self.pack(tree).reshape(-1)
+        flat = passes.add(blocks.reshape(-1), pieces, packed, accept)
+        return flat.reshape(blocks.shape)
 
-    def tree(
-        self, entries: Callable[[int, int, jax.Array], jax.Array]
-    ) -> chex.ArrayTree:
-        """Return the tree whose leaves, laid end to end, are given by `entries`.
+    @property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the leaves, in runs that are written together."""
+        sizes = [leaf.size for leaf in self.layout.leaves]
+        return tuple(tuple(sizes[i] for i in r) for r in self.layout.runs(_RUNS))
 
-        On one device. The entries are asked for in runs of leaves, one after the other,
-        so that never all of them are copied; a leaf that is a run by itself is not
-        copied at all. `entries(start, stop, zero)` gets a zero from which it has to
-        start, so that it cannot be run before the copies of the last run are made.
+    @property
+    def whole(self) -> tuple[tuple[int, ...], ...]:
+        """All entries of all blocks as the one leaf of one run."""
+        return ((self.count * self.size,),)
+
+    def tree(self, leaves: list[jax.Array]) -> chex.ArrayTree:
+        """Return the tree of `leaves`, which are flat."""
+        pairs = zip(leaves, self.layout.leaves, strict=True)
+        return self.layout.tree(
+            [flat.reshape(leaf.matrix_shape) for flat, leaf in pairs]
+        )
+
+    @property
+    def shares(self) -> jax.Array | None:
+        """What a sum over all devices counts of each of this device's blocks.
+
+        Shape `(count,)`; None where every block is held once.
         """
-        matrices: list[jax.Array] = []
-        start, zero = 0, jnp.zeros((), self.layout.dtype)
-        for run in self.layout.runs(_RUNS):
-            leaves = [self.layout.leaves[i] for i in run]
-            stop = start + sum(leaf.size for leaf in leaves)
-            ends = np.cumsum([leaf.size for leaf in leaves])
-            pieces = jnp.split(entries(start, stop, zero), ends[:-1])
-            zero = _zero_after(zero, *pieces)
-            matrices += [
-                piece.reshape(leaf.matrix_shape)
-                for piece, leaf in zip(pieces, leaves, strict=True)
-            ]
-            start = stop
-        return self.layout.tree(matrices)
-
-    def share(self, blocks: jax.Array) -> jax.Array:
-        """Weigh `blocks` so that a sum over all devices counts each entry once."""
         if self.weights is None:
-            return blocks
+            return None
         weights = jnp.asarray(self.weights, self.layout.dtype)
         # With idle axes every device owns a different run of the weights.
-        return self.layout.own(weights, axis=0)[:, None] * blocks
-
-
-def _zero_after(*arrays: jax.Array) -> jax.Array:
-    """Return a zero that can only be computed from all of `arrays`."""
-    # No compiler finds out that the lowest bit is never below zero.
-    firsts = jnp.stack([array.reshape(-1)[0] for array in arrays if array.size])
-    bits = lax.bitcast_convert_type(firsts, f"int{8 * firsts.dtype.itemsize}")
-    return jnp.minimum(jnp.min(bits & 1), 0).astype(firsts.dtype)
+        return self.layout.own(weights, axis=0)

@@ -1,7 +1,8 @@
 """Rows of thin factors: the arithmetic of the low-rank representation."""
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -10,193 +11,225 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from efcp_jax.compressors import batches
+from efcp_jax.compressors.base import feed
+from efcp_jax.compressors.groups import Group
 from efcp_jax.compressors.matrix import Matrix
 from efcp_jax.compressors.movers import FactorMover
 from efcp_jax.compressors.orthonormal import orthonormal
+from efcp_jax.compressors.versions import FactorUpgrader
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import Routine, together
-from efcp_jax.numerics import dot, saturate
+from efcp_jax.numerics import contract, roots, row_scale
+
+
+# An array for each group, by the name of the group.
+Batches: TypeAlias = dict[str, jax.Array]
 
 
 class LowRankRow(NamedTuple):
-    """One factorised matrix a leaf, $A = L R^T$; both trees mirror the parameters.
+    """Factorised matrices, $A = L^T R$, in batches: an array for each group of leaves.
 
     Attributes:
-        left: Orthonormal columns, `(rows, r)` a leaf; a window has `(rows, m, r)`.
-        right: The columns that carry the scale, `(cols, r)`; a window `(cols, m, r)`.
+        left: Orthonormal rows, `(g, r, rows)` for g leaves; a window has
+            `(g, m r, rows)`. Leaves kept whole have none.
+        right: The rows that carry the scale, `(g, r, cols)`; a window
+            `(g, m r, cols)`. A leaf kept whole is its only row.
     """
 
-    left: chex.ArrayTree
-    right: chex.ArrayTree
+    left: Batches
+    right: Batches
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRankSpace:
-    """Rows of `LowRankRow`; vectors are trees of matrices."""
+    """Rows of `LowRankRow`; vectors have a batch of matrices for each group."""
 
     layout: Layout
-    matrices: tuple[Matrix, ...]
+    groups: tuple[Group, ...]
     dtype: np.dtype
     block_diagonal: bool
 
-    def _map(self, function, *trees):
-        """Apply `function(matrix, *leaves)` to every leaf and return the results."""
-        leaves = [self.layout.treedef.flatten_up_to(tree) for tree in trees]
-        return [function(*each) for each in zip(self.matrices, *leaves, strict=True)]
+    def where(self) -> dict[str, tuple[str, ...]]:
+        """Return the paths of the leaves of each group, in the order of its batch."""
+        numbered = self.layout.treedef.unflatten(range(len(self.layout.leaves)))
+        paths = jax.tree_util.tree_leaves_with_path(numbered)
+        names = [jax.tree_util.keystr(path) for path, _ in paths]
+        return {g.name: tuple(names[i] for i in g.indices) for g in self.groups}
 
-    def _tree(self, leaves: list) -> chex.ArrayTree:
-        return self.layout.treedef.unflatten(leaves)
+    def _map(self, function: Callable[..., Any], *trees: Any) -> dict[str, Any]:
+        """Return `function(matrix, *arrays)` for every group; None for no array."""
+        return {
+            g.name: function(g.matrix, *(tree.get(g.name) for tree in trees))
+            for g in self.groups
+        }
 
-    def pack(self, tree: chex.ArrayTree) -> chex.ArrayTree:  # noqa: D102
-        packed = []
-        for value, matrix in zip(
-            self.layout.matrices(tree), self.matrices, strict=True
-        ):
-            ways = self.layout.ways(self.layout.split)
-            if matrix.whole:
-                value = value.reshape(1, -1)
-                value = jnp.pad(value, [(0, 0), (0, matrix.cols * ways - value.size)])
-                packed.append(self.layout.own(value, axis=1))
-            else:
-                missing = matrix.rows * ways - value.shape[0]
-                value = jnp.pad(value, [(0, missing), (0, 0)])
-                packed.append(self.layout.own(value, axis=0))
-        return self._tree(packed)
+    def _thin(self, batches: dict[str, Any]) -> dict[str, Any]:
+        """Return what there is for the groups of leaves that are not kept whole."""
+        return {g.name: batches[g.name] for g in self.groups if not g.matrix.whole}
 
-    def unpack(self, vector: chex.ArrayTree) -> chex.ArrayTree:  # noqa: D102
-        def leaf_matrix(matrix, leaf, value):
-            value = self.layout.gather(value, axis=1 if matrix.whole else 0)
-            if matrix.whole:
-                return value[0, : leaf.size].reshape(leaf.matrix_shape)
-            return value[: leaf.matrix_shape[0]]
+    def pack(self, tree: chex.ArrayTree) -> Batches:  # noqa: D102
+        matrices = self.layout.matrices(tree)
+        return {g.name: g.stack(matrices, self.layout) for g in self.groups}
 
-        values = self.layout.treedef.flatten_up_to(vector)
-        return self.layout.tree(
-            [
-                leaf_matrix(*each)
-                for each in zip(self.matrices, self.layout.leaves, values, strict=True)
-            ]
-        )
+    def unpack(self, vector: Batches) -> chex.ArrayTree:  # noqa: D102
+        matrices: dict[int, jax.Array] = {}
+        for group in self.groups:
+            values = group.split(vector[group.name], self.layout)
+            matrices |= zip(group.indices, values, strict=True)
+        return self.layout.tree([matrices[i] for i in range(len(matrices))])
 
     def zeros(self):  # noqa: D102
-        vector = [jnp.zeros((a.rows, a.cols), self.layout.dtype) for a in self.matrices]
-        left = [jnp.zeros((a.rows, a.rank), self.dtype) for a in self.matrices]
-        right = [jnp.zeros((a.cols, a.rank), self.dtype) for a in self.matrices]
-        # A leaf kept whole has no basis, but every tree mirrors the parameters.
-        basis = [
-            jnp.zeros((1 if a.whole else a.cols, a.rank), self.layout.dtype)
-            for a in self.matrices
-        ]
-        row = LowRankRow(self._tree(left), self._tree(right))
-        return self._tree(vector), row, self._tree(basis)
+        def zeros(group: Group, dtype: np.dtype, *shape: int) -> jax.Array:
+            return jnp.zeros((len(group.indices), *shape), dtype)
+
+        vector, left, right, basis = {}, {}, {}, {}
+        for group in self.groups:
+            name, a = group.name, group.matrix
+            vector[name] = zeros(group, self.layout.dtype, *batches.shape(a))
+            left[name] = zeros(group, self.dtype, a.rank, a.rows)
+            right[name] = zeros(group, self.dtype, a.rank, a.cols)
+            basis[name] = zeros(group, self.layout.dtype, a.rank, a.cols)
+        return vector, LowRankRow(self._thin(left), right), self._thin(basis)
 
     def specs(self):  # noqa: D102
-        spec = lambda *axes: PartitionSpec(*(names or None for names in axes))
-        vector = self._tree([spec(a.row_axes, a.col_axes) for a in self.matrices])
-        left = self._tree([spec(a.row_axes) for a in self.matrices])
-        right = self._tree([spec(a.col_axes) for a in self.matrices])
-        basis = self._tree([spec(() if a.whole else a.col_axes) for a in self.matrices])
-        return vector, LowRankRow(left, right), basis
+        def spec(*axes: tuple[str, ...]) -> Any:
+            return PartitionSpec(None, *(names or None for names in axes))
 
-    def accumulate(self, tree, vector, accept):  # noqa: D102
-        add = lambda e, g: saturate(e + jnp.where(accept, g, 0), e.dtype)
-        return jax.tree.map(add, vector, self.pack(tree))
+        vector = self._map(
+            lambda a: spec(a.col_axes) if a.whole else spec(a.row_axes, a.col_axes)
+        )
+        left = self._thin(self._map(lambda a: spec((), a.row_axes)))
+        right = self._map(lambda a: spec((), a.col_axes))
+        return vector, LowRankRow(left, right), self._thin(right)
 
-    def compress(self, vector: Any, basis: Any, factor: chex.Numeric = 1.0):  # noqa: D102
+    def accumulate(self, tree, vector: Batches, accept):  # noqa: D102
+        matrices, layout = self.layout.matrices(tree), self.layout
+        return {
+            g.name: batches.accumulate(g, matrices, layout, vector[g.name], accept)
+            for g in self.groups
+        }
+
+    def compress(self, vector: Batches, basis: Any, scaled: bool):  # noqa: D102
+        scale, inverse = row_scale(vector, scaled)
+        first, second = roots(inverse, self.layout.dtype)
+
         def factors(matrix: Matrix, value, start) -> Routine:
-            value = value * factor
             if matrix.whole:
-                return jnp.ones((1, 1), self.dtype), value.T.astype(self.dtype), start
+                return None, (value * inverse).astype(self.dtype)[:, None], None
             fresh = _random(matrix, start.dtype)
-            known = yield lax.psum, jnp.sum(jnp.abs(start), axis=0), matrix.col_axes
-            left = dot(value, jnp.where(known > 0, start, fresh))
+            known = yield lax.psum, jnp.sum(jnp.abs(start), axis=2), matrix.col_axes
+            start = jnp.where(known[:, :, None] > 0, start, fresh)
+            # Scaled with the thin factor, so that no scaled copy of the matrix is made.
+            left = contract("grc,gnc->grn", start * first, value) * second
             left = yield lax.psum, left, matrix.col_axes
             left = yield from orthonormal(left, matrix.row_axes)
             left = left.astype(self.dtype)
             # The rounded factor, so that this is the best right factor for it.
-            right = dot(value.T, left.astype(value.dtype))
+            rounded = left.astype(value.dtype)
+            right = contract("grn,gnc->grc", rounded * first, value) * second
             right = yield lax.psum, right, matrix.row_axes
-            square = yield lax.psum, jnp.sum(right**2, axis=0), matrix.col_axes
-            length = jnp.sqrt(square)
+            square = yield lax.psum, jnp.sum(right**2, axis=2), matrix.col_axes
+            length = jnp.sqrt(square)[:, :, None]
             unit = right / jnp.where(length > 0, length, 1)
-            # A column that met nothing turns towards a fixed random one, so that no
+            # A row that met nothing turns towards a fixed random one, so that no
             # gradient can stay invisible for ever.
             following = jnp.where(length > 0, unit, start + fresh)
             return left, right.astype(self.dtype), following
 
-        results = together(self._map(factors, vector, basis))
-        left, right, following = ([r[i] for r in results] for i in range(3))
-        row = LowRankRow(self._tree(left), self._tree(right))
-        return row, self._tree(following)
+        made = self._map(factors, vector, basis)
+        results = dict(zip(made, together(made.values()), strict=True))
+        left, right, following = (
+            {name: result[i] for name, result in results.items()} for i in range(3)
+        )
+        return LowRankRow(self._thin(left), right), scale, self._thin(following)
 
-    def expand(self, row: LowRankRow) -> chex.ArrayTree:  # noqa: D102
-        dtype = self.layout.dtype
-        product = lambda _, left, right: dot(left.astype(dtype), right.astype(dtype).T)
-        return self._tree(self._map(product, row.left, row.right))
+    def feed(self, tree, error, basis, accept, scaled):  # noqa: D102
+        return feed(self, tree, error, basis, accept, scaled)
 
-    def residual(self, vector: chex.ArrayTree, row: LowRankRow, scale: jax.Array):  # noqa: D102
-        subtract = lambda a, c: saturate(a - scale * c, a.dtype)
-        return jax.tree.map(subtract, vector, self.expand(row))
+    def expand(self, row: LowRankRow) -> Batches:  # noqa: D102
+        one = jnp.ones((), self.layout.dtype)
+        return self._map(
+            lambda _, left, right: batches.product(left, right, one),
+            row.left,
+            row.right,
+        )
+
+    def residual(self, vector: Batches, row: LowRankRow, scale: jax.Array):  # noqa: D102
+        return self._map(
+            lambda _, values, left, right: batches.subtract(values, left, right, scale),
+            vector,
+            row.left,
+            row.right,
+        )
 
     def inner(self, window: LowRankRow, row: LowRankRow):  # noqa: D102
         dtype = self.layout.dtype
 
-        def products(window_factor, factor):
-            return jnp.einsum(
-                "nmr,ns->mrs",
-                window_factor,
-                factor,
-                precision=lax.Precision.HIGHEST,
-                preferred_element_type=dtype,
-            )
+        def products(all_rows: jax.Array, factor: jax.Array) -> jax.Array:
+            return contract("gpn,gsn->gps", all_rows, factor).astype(dtype)
 
-        def leaf_inner(matrix: Matrix, left, right, row_left, row_right) -> Routine:
-            # <L R^T, L' R'^T> = sum of (L^T L') * (R^T R'), entry by entry.
-            lefts, rights = products(left, row_left), products(right, row_right)
-            copies = matrix.copies
-            if matrix.row_axes and matrix.col_axes:
-                lefts = yield lax.psum, lefts, matrix.row_axes
-                copies *= self.layout.ways(matrix.row_axes)
-            return jnp.sum(lefts * rights, axis=(1, 2)) / copies
+        def group_inner(matrix: Matrix, left, right, row_left, row_right) -> Routine:
+            # <L^T R, L'^T R'> = sum of (L L'^T) * (R R'^T), entry by entry.
+            rights, copies = products(right, row_right), matrix.copies
+            if not matrix.whole:
+                lefts = products(left, row_left)
+                if matrix.row_axes and matrix.col_axes:
+                    lefts = yield lax.psum, lefts, matrix.row_axes
+                    copies *= self.layout.ways(matrix.row_axes)
+                rights = rights * lefts
+            each = rights.reshape(len(rights), -1, matrix.rank**2)
+            return jnp.sum(each, axis=2) / copies
 
-        factors = (window.left, window.right, row.left, row.right)
-        parts = together(self._map(leaf_inner, *factors))
+        made = self._map(group_inner, window.left, window.right, row.left, row.right)
+        parts = dict(zip(made, together(made.values()), strict=True))
         if self.block_diagonal:
-            return self._tree(parts)
-        size = jax.tree.leaves(window)[0].shape[1] if parts else 1
-        return sum(parts, jnp.zeros(size, dtype))
+            return parts
+        sums = [jnp.sum(part, axis=0) for part in parts.values()]
+        return sum(sums[1:], sums[0]) if sums else jnp.zeros(1, dtype)
 
     def combine(self, window: LowRankRow, coefficients):  # noqa: D102
-        def leaf_combine(_, left, right, weights):
-            dtype = weights.dtype
-            weighted = left.astype(dtype) * weights[:, None]
-            return dot(
-                weighted.reshape(left.shape[0], -1),
-                right.astype(dtype).reshape(right.shape[0], -1).T,
-            )
-
-        if not self.block_diagonal:
-            coefficients = self._tree([coefficients] * len(self.matrices))
-        values = self._map(leaf_combine, window.left, window.right, coefficients)
-        return self._tree(values)
+        weights = self._weights(coefficients)
+        return self._map(batches.combine, window.left, window.right, weights)
 
     def update(self, window: LowRankRow, coefficients):  # noqa: D102
-        return self.unpack(self.combine(window, coefficients))
+        if self.layout.axes:
+            return self.unpack(self.combine(window, coefficients))
+        weights = self._weights(coefficients)
+        return batches.update(self.groups, self.layout, *window, weights)
 
-    def grams(self, value: jax.Array) -> chex.ArrayTree:  # noqa: D102
+    def _weights(self, coefficients: Any) -> Batches:
+        """Return the coefficients for each group, `(g, m)` or the same, `(1, m)`."""
+        if self.block_diagonal:
+            return coefficients
+        return {group.name: coefficients[None] for group in self.groups}
+
+    def grams(self, value: Any) -> Any:  # noqa: D102
         if not self.block_diagonal:
             return value
-        return self._tree([value] * len(self.matrices))
+        stack = lambda group, x: jnp.broadcast_to(x, (len(group.indices), *x.shape))
+        return {
+            g.name: jax.tree.map(
+                lambda x, g=g: x if isinstance(x, PartitionSpec) else stack(g, x), value
+            )
+            for g in self.groups
+        }
+
+    def each_gram(self, function):  # noqa: D102
+        return jax.vmap(function) if self.block_diagonal else function
 
     def mover(self, new: "LowRankSpace") -> FactorMover:  # noqa: D102
         return FactorMover(self, new)
 
+    def upgrader(self) -> FactorUpgrader:  # noqa: D102
+        return FactorUpgrader(self)
+
 
 def _random(matrix: Matrix, dtype: Any) -> jax.Array:
-    """Return fixed random columns of length about 1, this device's part of them."""
-    rows = matrix.cols * matrix.col_ways
-    columns = jax.random.normal(jax.random.key(0), (rows, matrix.rank), dtype)
+    """Return fixed random rows of length about 1, this device's part of them."""
+    size = matrix.cols * matrix.col_ways
+    columns = jax.random.normal(jax.random.key(0), (size, matrix.rank), dtype)
     if matrix.col_axes:  # the same numbers as on one device
         start = lax.axis_index(matrix.col_axes) * matrix.cols
         columns = lax.dynamic_slice_in_dim(columns, start, matrix.cols)
-    return columns / np.sqrt(rows)
+    return columns.T / np.sqrt(size)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
+from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import DenseMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.numerics import saturate
+from efcp_jax.numerics import row_scale, saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def identity(*, value_dtype: jax.typing.DTypeLike | None = None) -> Identity:
 
 @dataclasses.dataclass(frozen=True)
 class IdentitySpace:
-    """Rows `(blocks, size)`, windows `(blocks, m, size)`."""
+    """Rows `(blocks, 1, size)`, windows `(blocks, m, size)`."""
 
     blocks: Blocks
     dtype: np.dtype
@@ -82,9 +83,9 @@ class IdentitySpace:
         return self.blocks.unpack(vector)
 
     def zeros(self) -> tuple[jax.Array, jax.Array, None]:  # noqa: D102
-        shape = (self.blocks.count, self.blocks.size)
-        vector = jnp.zeros(shape, self.layout.dtype)
-        return vector, jnp.zeros(shape, self.dtype), None
+        count, size = self.blocks.count, self.blocks.size
+        vector = jnp.zeros((count, size), self.layout.dtype)
+        return vector, jnp.zeros((count, 1, size), self.dtype), None
 
     def specs(self):  # noqa: D102
         return self.blocks.spec, self.blocks.spec, None
@@ -92,25 +93,30 @@ class IdentitySpace:
     def accumulate(self, tree, vector, accept):  # noqa: D102
         return self.blocks.accumulate(tree, vector, accept)
 
-    def compress(self, vector: jax.Array, basis: None, factor: chex.Numeric = 1.0):  # noqa: D102
+    def compress(self, vector: jax.Array, basis: None, scaled: bool):  # noqa: D102
         del basis
-        return (vector * factor).astype(self.dtype), None
+        scale, inverse = row_scale(vector, scaled)
+        return (vector * inverse).astype(self.dtype)[:, None], scale, None
+
+    def feed(self, tree, error, basis, accept, scaled):  # noqa: D102
+        return feed(self, tree, error, basis, accept, scaled)
 
     def expand(self, row: jax.Array) -> jax.Array:  # noqa: D102
-        return row.astype(self.layout.dtype)
+        return row[:, 0].astype(self.layout.dtype)
 
     def residual(self, vector: jax.Array, row: jax.Array, scale: jax.Array):  # noqa: D102
         return saturate(vector - scale * self.expand(row), vector.dtype)
 
     def inner(self, window: jax.Array, row: jax.Array) -> jax.Array:  # noqa: D102
         products = jnp.einsum(
-            "bms,bs->bm",
+            "bms,bns->bm",
             window,
             row,
             precision=lax.Precision.HIGHEST,
             preferred_element_type=self.layout.dtype,
         )
-        return jnp.sum(self.blocks.share(products), axis=0)
+        shares = self.blocks.shares
+        return jnp.sum(products if shares is None else shares[:, None] * products, 0)
 
     def combine(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
         return jnp.einsum(
@@ -126,5 +132,11 @@ class IdentitySpace:
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
 
+    def each_gram(self, function):  # noqa: D102
+        return function
+
     def mover(self, new: "IdentitySpace") -> DenseMover:  # noqa: D102
         return DenseMover(self.blocks, new.blocks)
+
+    def upgrader(self) -> DenseMover:  # noqa: D102
+        return DenseMover(self.blocks, self.blocks)  # nothing has changed

@@ -8,7 +8,7 @@ import numpy as np
 
 from efcp_jax import _validate
 from efcp_jax.compressors.factors import LowRankSpace
-from efcp_jax.compressors.matrix import Matrix
+from efcp_jax.compressors.groups import groups_of
 from efcp_jax.devices.layout import Layout
 
 
@@ -30,9 +30,9 @@ class LowRank:
 
     def bind(self, layout: Layout) -> "LowRankSpace":
         """Return the low-rank space for trees of `layout`."""
-        matrices = tuple(Matrix.of(leaf, layout, self.rank) for leaf in layout.leaves)
         dtype = jnp.dtype(self.value_dtype or layout.dtype)
-        return LowRankSpace(layout, matrices, dtype, self.block_diagonal)
+        groups = groups_of(layout, self.rank)
+        return LowRankSpace(layout, groups, dtype, self.block_diagonal)
 
 
 def low_rank(
@@ -75,6 +75,10 @@ def low_rank(
         Distributed Optimization <https://arxiv.org/abs/1905.13727>`_, 2019
 
     Notes:
+        Leaves whose matrices have the same shape, and lie on the devices in the same
+        way, are one batch: the number of kernels and the time to compile follow the
+        number of different shapes. The state has an array for each, named by the shape,
+        such as `"256x1024"`, or `"256"` where leaves are kept whole.
         A window takes m r (rows + cols) values a matrix. A step costs two products of
         the matrix with r columns, and about 2 m r^2 (rows + cols) and 2 m r rows cols
         operations for the Gram matrix and the update.

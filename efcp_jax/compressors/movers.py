@@ -64,6 +64,10 @@ class DenseMover:
         rows = np.asarray(rows)
         return np.stack([self.vector(rows[:, i]) for i in range(rows.shape[1])], axis=1)
 
+    def grams(self, grams: Any) -> Any:
+        """Return what there is one of for all parameters."""
+        return grams
+
 
 class SparseMover:
     """Moves kept entries, by whole blocks where blocks are the same in both layouts."""
@@ -71,15 +75,19 @@ class SparseMover:
     def __init__(self, old: Any, new: Any) -> None:
         self.old, self.new = old, new
         self.dense = DenseMover(old.blocks, new.blocks)
-        self.blocks = self.dense.same_blocks() if old.kept == new.kept else None
+        alike = old.passes.kept == new.passes.kept
+        self.blocks = self.dense.same_blocks() if alike else None
         self.vector, self.basis = self.dense.vector, self.dense.basis
+        self.grams = self.dense.grams
 
     def rows(self, rows: Stored) -> Any:
         """Return a window in the new layout."""
+        old, new = self.old.passes, self.new.passes
+        values, offsets = (old.by_block(x) for x in _load(rows, self.old.storage))
         if (blocks := self.blocks) is not None:
-            return jax.tree.map(lambda leaf: take(leaf, blocks, 0), rows)
-        values, offsets = _load(rows, self.old.storage)
-        places, kept = self.dense.old_places, self.new.kept
+            values, offsets = take(values, blocks, 0), take(offsets, blocks, 0)
+            return self._stored(values, offsets)
+        places, kept = self.dense.old_places, new.kept
         shape = (self.dense.new_places.shape[0], values.shape[1], kept)
         new_values, new_offsets = np.zeros(shape, values.dtype), np.zeros(shape, int)
         for row in range(values.shape[1]):
@@ -99,44 +107,80 @@ class SparseMover:
                 )
             new_values[block, row, rank] = moved[block, offset]
             new_offsets[block, row, rank] = offset
-        return _store(new_values, new_offsets, self.new.storage)
+        return self._stored(new_values, new_offsets)
+
+    def _stored(self, values: np.ndarray, offsets: np.ndarray) -> Any:
+        """Return entries `(blocks, m, k)` as the new space keeps them."""
+        put = self.new.passes.from_blocks
+        return _store(put(values), put(offsets), self.new.storage)
 
 
 class FactorMover:
-    """Moves factors, every array along its rows and its columns."""
+    """Moves factors, leaf by leaf: other devices may have other groups."""
 
     def __init__(self, old: Any, new: Any) -> None:
-        self.treedef = new.layout.treedef
-        self.moves = []
-        for index, (before, after) in enumerate(
-            zip(old.matrices, new.matrices, strict=True)
-        ):
-            pairs = zip(
-                positions.of_matrix(before, old.layout.leaves[index], old.layout),
-                positions.of_matrix(after, new.layout.leaves[index], new.layout),
-                strict=True,
-            )
-            self.moves.append([inverse(was)[now] for was, now in pairs])
-        self.whole = [matrix.whole for matrix in new.matrices]
+        self.groups, self.per_leaf = new.groups, new.block_diagonal
+        # Group, place in it and matrix of each leaf in the old layout.
+        found = {
+            index: (group.name, place, group.matrix)
+            for group in old.groups
+            for place, index in enumerate(group.indices)
+        }
+        self.found = [found[index] for index in range(len(found))]
+        self.moves: dict[int, list[np.ndarray]] = {}
+        for group in new.groups:
+            for index in group.indices:
+                layouts = (self.found[index][2], old), (group.matrix, new)
+                was, now = (
+                    positions.of_matrix(
+                        matrix, space.layout.leaves[index], space.layout
+                    )
+                    for matrix, space in layouts
+                )
+                pairs = zip(was, now, strict=True)
+                self.moves[index] = [inverse(before)[after] for before, after in pairs]
 
-    def _map(self, function: Any, tree: Any) -> Any:
-        leaves = self.treedef.flatten_up_to(tree)
-        results = map(function, self.moves, self.whole, leaves)
-        return self.treedef.unflatten(list(results))
+    def _map(self, function: Any, batches: dict[str, Any]) -> dict[str, Any]:
+        """Return `function(index, member)` of every leaf there is, in the new batches.
 
-    def vector(self, tree: Any) -> Any:
+        Leaves kept whole have fewer arrays than others.
+        """
+        moved: dict[str, Any] = {}
+        for group in self.groups:
+            members = []
+            for index in group.indices:
+                name, place, _ = self.found[index]
+                if name in batches:
+                    take_one = lambda batch, place=place: np.asarray(batch[place])
+                    member = jax.tree.map(take_one, batches[name])
+                    members.append(function(index, member))
+            if members:
+                stack = lambda *parts: np.stack(parts)
+                moved[group.name] = jax.tree.map(stack, *members)
+        return moved
+
+    def _along(self, side: int, batches: dict[str, Any]) -> dict[str, Any]:
+        """Move rows (0) or columns (1), which lie along the last axis."""
+        return self._map(lambda i, x: take(x, self.moves[i][side], x.ndim - 1), batches)
+
+    def vector(self, batches: dict[str, Any]) -> dict[str, Any]:
         """Return a vector in the new layout."""
-        return self._map(
-            lambda move, _, leaf: take(take(leaf, move[0], 0), move[1], 1), tree
-        )
 
-    def basis(self, tree: Any) -> Any:
+        def move(index: int, member: np.ndarray) -> np.ndarray:
+            rows, cols = self.moves[index]
+            member = take(member, cols, member.ndim - 1)
+            return take(member, rows, 0) if member.ndim > 1 else member
+
+        return self._map(move, batches)
+
+    def basis(self, batches: dict[str, Any]) -> dict[str, Any]:
         """Return what is carried between steps in the new layout."""
-        return self._map(
-            lambda move, whole, leaf: leaf if whole else take(leaf, move[1], 0), tree
-        )
+        return self._along(1, batches)
 
     def rows(self, rows: Any) -> Any:
         """Return a window in the new layout."""
-        side = lambda i, tree: self._map(lambda m, _, leaf: take(leaf, m[i], 0), tree)
-        return type(rows)(side(0, rows.left), side(1, rows.right))
+        return type(rows)(self._along(0, rows.left), self._along(1, rows.right))
+
+    def grams(self, grams: Any) -> Any:
+        """Return what there is for every Gram matrix in the new layout."""
+        return self._map(lambda _, member: member, grams) if self.per_leaf else grams

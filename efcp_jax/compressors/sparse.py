@@ -1,30 +1,52 @@
 """Rows of kept entries: the arithmetic of the sparse representation."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import SparseMover
+from efcp_jax.compressors.versions import SparseUpgrader
 from efcp_jax.devices.layout import Layout
-from efcp_jax.numerics import saturate
-from efcp_jax.passes import chunks
-from efcp_jax.passes.bisection import largest
+from efcp_jax.numerics import row_scale, saturate
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
+from efcp_jax.passes.large import LargeBlocks
+from efcp_jax.passes.tiles import LANES, LARGEST, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseSpace:
-    """Rows `(blocks, k)`, windows `(blocks, m, k)`; global top-k is one block."""
+    """Rows of the k largest entries of every block; global top-k is one block.
+
+    Attributes:
+        blocks: Where each leaf lies in the array of blocks.
+        passes: What is done with entries, and the shape that they are kept in.
+        storage: How entries are stored.
+    """
 
     blocks: Blocks
-    kept: int
+    passes: Any  # Tiles or LargeBlocks
     storage: Storage
+
+    @classmethod
+    def of(
+        cls, layout: Layout, size: int | None, density: float, dtype: Any
+    ) -> "SparseSpace":
+        """Return the space of blocks of `size` that keeps a share of `density`."""
+        small = size is not None and size <= LARGEST
+        blocks = Blocks.of(layout, size, LANES if small else 1)
+        if blocks.size <= LARGEST and not small:  # cut down to a small model
+            blocks = Blocks.of(layout, blocks.size, LANES)
+        kept = min(blocks.size, max(1, round(density * blocks.size)))
+        storage = Storage.of(jnp.dtype(dtype), blocks.size)
+        if blocks.size <= LARGEST:
+            tiles = Tiles(blocks.size, kept, min(LANES, blocks.count))
+            return cls(blocks, tiles, storage)
+        return cls(blocks, LargeBlocks(blocks.size, kept, storage), storage)
 
     @property
     def layout(self) -> Layout:  # noqa: D102
@@ -37,9 +59,9 @@ class SparseSpace:
         return self.blocks.unpack(vector)
 
     def zeros(self) -> tuple[jax.Array, Stored, None]:  # noqa: D102
-        count, size = self.blocks.count, self.blocks.size
-        vector = jnp.zeros((count, size), self.layout.dtype)
-        return vector, self.storage.zeros((count, self.kept)), None
+        count = self.blocks.count
+        vector = jnp.zeros((count, self.blocks.size), self.layout.dtype)
+        return vector, self.storage.zeros(self.passes.row_shape(count)), None
 
     def specs(self):  # noqa: D102
         spec: Any = self.blocks.spec
@@ -48,90 +70,65 @@ class SparseSpace:
     def accumulate(self, tree, vector, accept):  # noqa: D102
         return self.blocks.accumulate(tree, vector, accept)
 
-    def compress(self, vector: jax.Array, basis: None, factor: chex.Numeric = 1.0):  # noqa: D102
+    def compress(self, vector: jax.Array, basis: None, scaled: bool):  # noqa: D102
         del basis
-        # The same entries are largest whatever the factor.
-        offsets = largest(vector, self.kept)
-        values = jnp.take_along_axis(vector, offsets, axis=1) * factor
-        return self.storage.store(values, offsets), None
+        values, offsets = self.passes.select(vector)
+        return *self._row(values, offsets, scaled), None
 
-    def _load(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
-        return self.storage.load(stored, self.layout.dtype)
+    def feed(self, tree, error, basis, accept, scaled):  # noqa: D102
+        def by_parts(error: jax.Array, accept: jax.Array) -> Any:
+            return feed(self, tree, error, basis, accept, scaled)[:3]
+
+        row, scale, rest = self.passes.feed(
+            error,
+            accept,
+            by_parts,
+            gradient=lambda: self.pack(tree),
+            finish=lambda values, offsets: self._row(values, offsets, scaled),
+            dtype=self.storage.values,
+        )
+        return row, scale, rest, basis
+
+    def _row(self, values: jax.Array, offsets: jax.Array, scaled: bool) -> Any:
+        # The largest entry is among those that are kept.
+        scale, inverse = row_scale(values, scaled)
+        return self.storage.store(values * inverse, offsets), scale
 
     def expand(self, row: Stored) -> jax.Array:  # noqa: D102
-        values, offsets = self._load(row)
-        return chunks.scatter_add(self.blocks.size, offsets, values)
+        zeros = jnp.zeros((self.blocks.count, self.blocks.size), self.layout.dtype)
+        return -self.residual(zeros, row, jnp.ones((), zeros.dtype))
 
     def residual(self, vector: jax.Array, row: Stored, scale: jax.Array):  # noqa: D102
-        values, offsets = self._load(row)
-        # k entries a block change, so the vector is updated where it lies. Rounded up,
-        # the largest ones may overflow.
-        block = jnp.arange(self.blocks.count, dtype=jnp.int32)[:, None]
-        taken = saturate(scale * values, vector.dtype)
-        return vector.at[block, offsets.astype(jnp.int32)].add(
-            -taken, unique_indices=True
+        values, offsets = self.storage.load(row, self.layout.dtype)
+        # Rounded up, the largest entries may overflow.
+        return self.passes.residual(
+            vector, saturate(scale * values, vector.dtype), offsets
         )
 
     def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
-        values, offsets = self._load(row)
-        shared = SparseRow(self.blocks.share(values), offsets)
-        return chunks.inner(window, shared, self.blocks.size, self._load)
+        values, offsets = self.storage.load(row, self.layout.dtype)
+        shared = SparseRow(self.passes.share(values, self.blocks.shares), offsets)
+        return self.passes.inner(window, shared)
 
     def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
-        def place(vector: jax.Array, block: Any, sums: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(vector, sums, block, axis=0)
-
-        count, size = self.blocks.count, self.blocks.size
-        zeros = jnp.zeros((count, size), coefficients.dtype)
-        blocks = range(count)
-        return chunks.combine(
-            window, coefficients, size, self._load, blocks, zeros, place
-        )
+        (flat,) = self.passes.combine(window, coefficients, self.blocks.whole)
+        return flat.reshape(-1, self.blocks.size)
 
     def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         if not self.blocks.flat:
             return self.unpack(self.combine(window, coefficients))
-        return self.blocks.tree(functools.partial(self._entries, window, coefficients))
-
-    def _entries(
-        self,
-        window: Stored,
-        coefficients: jax.Array,
-        start: int,
-        stop: int,
-        zero: jax.Array,
-    ) -> jax.Array:
-        """Return the entries `start` to `stop` of `combine`, laid end to end."""
-        size = self.blocks.size
-        combine = functools.partial(
-            chunks.combine, window, coefficients, size, self._load
+        return self.blocks.tree(
+            self.passes.combine(window, coefficients, self.blocks.runs)
         )
-
-        def place(out: jax.Array, block: Any, sums: jax.Array) -> jax.Array:
-            at = block * size - start
-            return lax.dynamic_update_slice_in_dim(out, sums.reshape(-1), at, axis=0)
-
-        def part(block: int, start: int, stop: int) -> jax.Array:
-            nothing = jnp.zeros((1, size), self.layout.dtype)
-            sums = combine(range(block, block + 1), nothing, lambda _, __, sums: sums)
-            return sums[0, start - block * size : stop - block * size]
-
-        # Blocks that lie between start and stop as a whole; parts of the one before
-        # them and of the one behind may be left.
-        first, last = -(-start // size), stop // size
-        if first > last:
-            return zero + part(last, start, stop)
-        out = jnp.full(stop - start, zero)
-        if start < first * size:
-            head = part(first - 1, start, first * size)
-            out = out.at[: len(head)].set(head)
-        if last * size < stop:
-            tail = part(last, last * size, stop)
-            out = out.at[len(out) - len(tail) :].set(tail)
-        return combine(range(first, last), out, place) if first < last else out
 
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
 
+    def each_gram(self, function):  # noqa: D102
+        return function
+
     def mover(self, new: "SparseSpace") -> SparseMover:  # noqa: D102
         return SparseMover(self, new)
+
+    def upgrader(self) -> SparseUpgrader:  # noqa: D102
+        return SparseUpgrader(self)

@@ -3,14 +3,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.layout import Layout
-from efcp_jax.passes.entries import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +28,8 @@ class TopK:
 
     def bind(self, layout: Layout) -> "SparseSpace":
         """Return the sparse space for trees of `layout`."""
-        blocks = Blocks.of(layout, self.block_size)
-        dtype = jnp.dtype(self.value_dtype or layout.dtype)
-        return SparseSpace(
-            blocks=blocks,
-            kept=min(blocks.size, max(1, round(self.density * blocks.size))),
-            storage=Storage.of(dtype, blocks.size),
-        )
+        dtype = self.value_dtype or layout.dtype
+        return SparseSpace.of(layout, self.block_size, self.density, dtype)
 
 
 def top_k(

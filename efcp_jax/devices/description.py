@@ -47,11 +47,16 @@ def describing() -> Iterator[None]:
         _DESCRIBING.reset(token)
 
 
+def asked() -> bool:
+    """Return whether states are to be described instead of made."""
+    return _DESCRIBING.get()
+
+
 def start(
     init: Callable[[Any], Any], space: Any, placement: Placement | None, specs: Any
 ) -> Any:
     """Return the state `init(space)`, made on each device for itself."""
-    if _DESCRIBING.get():
+    if asked():
         arrays = global_arrays(jax.eval_shape(lambda: init(space)), specs, placement)
         return Description(space, placement, arrays, tuple(_spec_leaves(specs)))
     return run(lambda: init(space), placement, (), specs)

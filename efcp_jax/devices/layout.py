@@ -141,17 +141,6 @@ class Layout:
                 room = limit - leaf.size
         return runs
 
-    def finite(self, tree: chex.ArrayTree) -> jax.Array:
-        """Return whether all entries of `tree` on this device are finite."""
-        # Zero times a number is zero, else NaN. A sum carries a NaN along, which the
-        # vectorised maximum of XLA need not; as one reduction, it takes no temporary.
-        # XLA may return an entry as it is, since a reduction with its first value is
-        # supposed to change nothing.
-        carry = lambda total, x: total + 0 * x
-        zero = jnp.zeros((), self.dtype)
-        sums = [lax.reduce(piece, zero, carry, (0,)) for piece in self.pieces(tree)]
-        return jnp.all(jnp.isfinite(jnp.stack([zero, *sums])))
-
     def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
         """Yield the entries of `tree`, laid end to end, a run of leaves at a time."""
         matrices = self.matrices(tree)

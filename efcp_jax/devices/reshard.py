@@ -15,14 +15,23 @@ def convert(state: Any, source: Description, target: Description) -> Any:
         ValueError: They differ in more than the layout, or kept entries do not fit.
     """
     _check(state, source, target)
-    mover = source.space.mover(target.space)
+    return moved(state, source.space.mover(target.space))
+
+
+def moved(state: Any, mover: Any) -> Any:
+    """Return `state` with every field that knows the layout moved by `mover`."""
+    ways = {"error": mover.vector, "basis": mover.basis}
+    if hasattr(state, "window"):
+        ways |= {"gram": mover.grams, "factor": mover.grams}
     fields = {
-        "error": None if state.error is None else mover.vector(state.error),
-        "basis": None if state.basis is None else mover.basis(state.basis),
+        name: None if getattr(state, name) is None else move(getattr(state, name))
+        for name, move in ways.items()
     }
     if hasattr(state, "window"):
         rows = mover.rows(state.window.rows)
         fields["window"] = state.window._replace(rows=rows)
+        fields["gram"] = mover.grams(state.gram)
+        fields["factor"] = mover.grams(state.factor)
     return state._replace(**fields)
 
 
@@ -57,8 +66,7 @@ def _check(state: Any, source: Description, target: Description) -> None:
 
 
 def _structure(description: Description) -> Any:
-    """Return the structure of the state, whichever way rows are stored."""
+    """Return the kinds of the fields, whichever way rows and groups are stored."""
     arrays = description.arrays
-    if hasattr(arrays, "window"):
-        arrays = arrays._replace(window=arrays.window._replace(rows=None))
-    return type(description.space), jax.tree.structure(arrays)
+    kinds = {name: type(getattr(arrays, name)).__name__ for name in arrays._fields}
+    return type(description.space).__name__, kinds

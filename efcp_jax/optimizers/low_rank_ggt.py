@@ -92,8 +92,7 @@ def low_rank_ggt(
     Notes:
         Memory: 4 bytes a parameter for the error and m r (rows + cols) values a
         matrix for the window. Time: two products of every matrix with r columns, two
-        passes over the window and
-        about 10 m^3 operations.
+        passes over the window, and about 10 m^3 operations.
     """
     scale = scale_by_ggt(
         window_size,

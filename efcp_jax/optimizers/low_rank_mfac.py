@@ -90,8 +90,7 @@ def low_rank_mfac(
     Notes:
         Memory: 4 bytes a parameter for the error and m r (rows + cols) values a
         matrix for the window. Time: two products of every matrix with r columns, two
-        passes over the window and
-        m^3 / 3 operations.
+        passes over the window, and m^3 / 3 operations.
     """
     scale = scale_by_mfac(
         window_size,

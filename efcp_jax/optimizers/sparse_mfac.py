@@ -6,7 +6,7 @@ import jax
 import optax
 
 from efcp_jax import compressors
-from efcp_jax.optimizers.chain import BLOCK_SIZE, with_learning_rate
+from efcp_jax.optimizers.chain import BLOCK_SIZE, DENSITY, with_learning_rate
 from efcp_jax.transforms import scale_by_mfac
 
 
@@ -41,7 +41,8 @@ def sparse_mfac(
             about $m$ long in units of that row's inverse norm, so values near
             $1 / m$ are natural: `1 / 64` for the default window.
         window_size: Number of gradients $m$ kept, at least 1; None for 64.
-        density: Share of the entries kept of every block, in (0, 1]; None for 0.01.
+        density: Share of the entries kept of every block, in (0, 1]; None for two
+            of 128.
         damping: $\lambda > 0$ of $(\lambda I + G^T G / m)^{-1}$, in the unit of a
             squared gradient entry; a number or a schedule. Large values approach
             gradient descent.
@@ -51,8 +52,8 @@ def sparse_mfac(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
-        block_size: Entries a block, at least 1; None for 4096. At least the number of
-            parameters makes one block of all.
+        block_size: Entries a block, at least 1; None for 128. Up to 256 every platform
+            is fast; at least the number of parameters makes one block of all.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
         error_dtype: Floating dtype of the error; None for the working dtype.
@@ -87,17 +88,16 @@ def sparse_mfac(
         <https://arxiv.org/abs/2306.06098>`_, 2024
 
     Notes:
-        Memory: 4 bytes a parameter for the error and m density times 6 (4 with
+        Memory: 4 bytes a parameter for the error and m density times 5 (3 with
         bfloat16 values) for the window. Time: a selection, two passes over the
-        window and
-        m^3 / 3 operations.
+        window, and m^3 / 3 operations.
     """
     scale = scale_by_mfac(
         window_size,
         damping,
         divisor=divisor,
         compressor=compressors.top_k(
-            0.01 if density is None else density,
+            DENSITY if density is None else density,
             block_size=BLOCK_SIZE if block_size is None else block_size,
             value_dtype=value_dtype,
         ),

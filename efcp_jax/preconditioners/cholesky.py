@@ -20,7 +20,7 @@ from efcp_jax.numerics import dot
 
 
 # Smaller blocks are not worth their calls.
-_UNBLOCKED = 128
+UNBLOCKED = 128
 
 
 class Blocked(NamedTuple):
@@ -42,18 +42,26 @@ class Blocked(NamedTuple):
 Factor: TypeAlias = jax.Array | Blocked
 
 
-def factorise(matrix: jax.Array) -> Factor:
+def factorise(matrix: jax.Array, unblocked: int = UNBLOCKED) -> Factor:
     """Return the factor of a symmetric matrix, of which the lower half is read.
 
     Where the matrix is not positive definite to within rounding, pivots are NaN.
+
+    Args:
+        matrix: Shape `(m, m)`.
+        unblocked: Blocks of at most this size are left to the library.
+
+    Returns:
+        The factor, in blocks where m is larger than `unblocked`.
     """
     size = len(matrix)
-    if size <= _UNBLOCKED:
+    if size <= unblocked:
         return lax.linalg.cholesky(matrix, symmetrize_input=False).T
     half = size // 2
-    first = factorise(matrix[:half, :half])
+    first = factorise(matrix[:half, :half], unblocked)
     below = solve_right(first, matrix[half:, :half])
-    return Blocked(first, below, factorise(matrix[half:, half:] - dot(below, below.T)))
+    second = factorise(matrix[half:, half:] - dot(below, below.T), unblocked)
+    return Blocked(first, below, second)
 
 
 def pivots(factor: Factor) -> jax.Array:

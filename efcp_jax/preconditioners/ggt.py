@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from efcp_jax.numerics import dot
+from efcp_jax.preconditioners import root
 
 
 def ggt_coefficients(
@@ -42,7 +42,8 @@ def ggt_coefficients(
         <https://arxiv.org/abs/1806.02958>`_, 2019
 
     Notes:
-        One symmetric eigendecomposition, about 10 m^3 operations.
+        One symmetric eigendecomposition, about 10 m^3 operations; on TPUs, for more
+        than 256 rows, about 120 matrix products instead.
     """
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
@@ -52,10 +53,7 @@ def ggt_coefficients(
     largest = jnp.max(norms)
     inverse = 1 / jnp.where(largest > 0, largest, 1)
     weights = weights * inverse
-    values, vectors = jnp.linalg.eigh(weights[:, None] * gram * weights)
-    floor = jnp.finfo(dtype).eps * jnp.maximum(values[-1], 1)
-    singular = jnp.sqrt(jnp.maximum(values, floor))
     # D^-1 b as one power, which neither under- nor overflows for b1 <= b2.
     moment = jnp.where(age < filled, (1 - b1) * (b1 / b2) ** age, 0)
-    rotated = dot(vectors.T, moment) / (singular + eps * inverse)
-    return weights * dot(vectors, rotated)
+    given = weights[:, None] * gram * weights, eps * inverse, moment
+    return weights * root.solve(*given)

@@ -23,9 +23,9 @@ def mfac_coefficients(
     r"""Return $S (\lambda I + S \hat K S / n)^{-1} e_j$.
 
     The matrix is scaled to unit diagonal, so rows may differ in norm by any factor, and
-    factorised by Cholesky. Where a row depends on the others to within rounding, the
-    factor is replaced by an eigendecomposition without the directions that rounding
-    made up; what is dropped cannot be told from zero in this precision.
+    factorised by Cholesky. Where a row depends on the others to within rounding, one
+    with pivots follows, which leaves out such rows; what is dropped cannot be told from
+    zero in this precision.
 
     Args:
         gram: $\hat K$, shape `(m, m)`.
@@ -48,7 +48,7 @@ def mfac_coefficients(
         Information <https://arxiv.org/abs/2107.03356>`_, 2021
 
     Notes:
-        m^3 / 3 operations; where the remedy is needed, about 30 m^3 more. With `kept`,
+        m^3 / 3 operations; where the remedy is needed, about 6 m^3 more. With `kept`,
         on CPUs, 2 m^2 operations, and m^3 / 3 once in 64 steps or when the damping or
         the divisor changes.
     """

@@ -41,7 +41,8 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         * `effective_rank`: $\exp$ of the entropy of the normalised spectrum, between 1
           and m; 0 for an empty window.
 
-        For a block-diagonal compressor the last two are trees, one entry a leaf.
+        For a block-diagonal compressor the last two are trees of arrays, `(g, m)` and
+        `(g,)` for each group of g leaves.
 
     Raises:
         ValueError: `state` contains none of this package's states, or several.
@@ -78,7 +79,10 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         return result
     window, size = inner.window, inner.window.scale.shape[0]
     newest = (window.slot - 1) % size
-    squared = sum(jnp.diagonal(gram)[newest] for gram in jax.tree.leaves(inner.gram))
+    squared = sum(
+        jnp.sum(jnp.diagonal(gram, axis1=-2, axis2=-1)[..., newest])
+        for gram in jax.tree.leaves(inner.gram)
+    )
     result["row_norm"] = window.scale[newest] * jnp.sqrt(squared)
     if inner.error is not None:
         # Divided by the larger of the two, so that no square overflows.
@@ -88,14 +92,19 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         total = jnp.where(largest > 0, error + row, 1)
         result["error_ratio"] = error / total
     result["window_fill"] = window.filled / jnp.asarray(size, jnp.float32)
-    spectra = jax.tree.map(
-        lambda gram: jnp.maximum(
-            jnp.linalg.eigvalsh(window.scale[:, None] * gram * window.scale), 0
-        ),
-        inner.gram,
-    )
-    result["spectrum"] = spectra
-    result["effective_rank"] = jax.tree.map(_effective_rank, spectra)
+
+    def spectrum(gram: jax.Array) -> jax.Array:
+        scaled = window.scale[:, None] * gram * window.scale
+        return jnp.maximum(jnp.linalg.eigvalsh(scaled), 0)
+
+    def each(function: Any, arrays: Any, ndim: int) -> Any:
+        mapped = jax.vmap(function)
+        return jax.tree.map(
+            lambda x: function(x) if x.ndim == ndim else mapped(x), arrays
+        )
+
+    result["spectrum"] = each(spectrum, inner.gram, 2)
+    result["effective_rank"] = each(_effective_rank, result["spectrum"], 1)
     return result
 
 

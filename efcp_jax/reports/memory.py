@@ -69,9 +69,9 @@ def memory_report(
         ...     1e-3, window_size=100, value_dtype=jnp.bfloat16)
         >>> report = efcp_jax.memory_report(tx, params)
         >>> print(f"{report.per_parameter:.1f} bytes a parameter")
-        8.0 bytes a parameter
+        8.7 bytes a parameter
         >>> print(f"{report.dense_window / report.total:.0f} times less")
-        50 times less
+        46 times less
     """
     if not callable(getattr(tx, "init", None)):
         raise TypeError(

@@ -1,5 +1,7 @@
 """What Optax's users may expect of an optimizer: trees and wrappers."""
 
+import re
+
 import aliases
 import jax
 import jax.numpy as jnp
@@ -59,18 +61,21 @@ def test_any_tree_has_updates_of_its_shapes_and_a_state_that_can_be_saved(name, 
 
 
 @every_alias
-def test_every_state_field_is_an_array_or_mirrors_the_parameters(name):
+def test_every_state_field_is_an_array_or_a_batch_for_each_group(name):
     params = aliases.params()
     (state, *_) = aliases.make(name).init(params)
     assert state._fields[0] == "count"
     assert state.count.dtype == jnp.int32
     parts = [state.error, state.basis, state.gram, *state.window[1:]]
-    # A row is one array, or a named tuple of arrays and mirrors.
+    # A row is one array, or a named tuple of arrays and batches.
     rows = state.window.rows
     parts += rows if isinstance(rows, tuple) else [rows]
     for part in parts:
-        mirrors = jax.tree.structure(part) == jax.tree.structure(params)
-        assert part is None or isinstance(part, jax.Array) or mirrors
+        if isinstance(part, dict):
+            assert all(isinstance(batch, jax.Array) for batch in part.values())
+            assert all(re.fullmatch(r"\d+(x\d+)?(-\d+)?", key) for key in part)
+        else:
+            assert part is None or isinstance(part, jax.Array)
 
 
 @every_alias

@@ -135,13 +135,14 @@ def test_containers_of_another_kind_are_refused():
         tx.update(list(params), tx.init(params), params)
 
 
-def test_without_parameters_a_low_rank_state_names_the_leaf():
+def test_without_parameters_a_low_rank_state_names_the_shape():
     tx = efcp_jax.scale_by_mfac(2, compressor=efcp_jax.low_rank(1))
     state = tx.init(PARAMS)
     for wrong, path in [
-        ({**PARAMS, "w": jnp.zeros((4, 3))}, r"state\.error\['w'\]"),
-        ({"w": jnp.zeros((3, 4))}, r"state\.error\['b'\]"),
-        ({**PARAMS, "c": jnp.zeros(2)}, r"state\.error\['c'\]"),
+        ({**PARAMS, "w": jnp.zeros((4, 3))}, r"state\.error\['4x3'\]"),
+        ({"w": jnp.zeros((3, 4))}, r"surplus.*state\.error\['2'\]"),
+        ({**PARAMS, "c": jnp.zeros(3)}, r"lacks state\.error\['3'\]"),
+        ({**PARAMS, "c": jnp.zeros(2)}, r"state\.error\['2'\].*\(2, 2\)"),
     ]:
         with pytest.raises(ValueError, match=path):
             tx.update(wrong, state)

@@ -11,8 +11,12 @@ import numpy as np
 import oracles
 
 import efcp_jax
-from efcp_jax.compressors import TopK
+from efcp_jax.compressors import ROW_AXIS, TopK
+from efcp_jax.compressors.blocks import Blocks
+from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.placement import layout
+from efcp_jax.passes.entries import Storage
+from efcp_jax.passes.large import LargeBlocks
 
 
 WINDOW = 5
@@ -48,10 +52,11 @@ class Words(TopK):
     """Sparse rows of words, as blocks have them that are larger than these models."""
 
     def bind(self, layout):
-        space = super().bind(layout)
-        storage = dataclasses.replace(space.storage, offsets=jnp.dtype(jnp.uint16))
+        storage = Storage(jnp.dtype(BF16), jnp.dtype(jnp.uint16))
         assert storage.words
-        return dataclasses.replace(space, storage=storage)
+        blocks = Blocks.of(layout, self.block_size)
+        kept = max(1, round(self.density * blocks.size))
+        return SparseSpace(blocks, LargeBlocks(blocks.size, kept, storage), storage)
 
 
 def sparse(name: str, given: dict[str, Any]) -> TopK:
@@ -159,7 +164,8 @@ def compressed_run(method: str, name: str, dtype: Any = jnp.float32) -> Run:
     )
     updates, states = jax.device_get(results)
     if name in LOW_RANK:
-        rows = [oracles.flat(low_rank_row(at(states, t))) for t in range(STEPS)]
+        space = COMPRESSORS[name].bind(layout(params(dtype), dtype, None))
+        rows = [oracles.flat(low_rank_row(space, at(states, t))) for t in range(STEPS)]
     else:
         compress = oracle_compressor(name)
         rows, _ = oracles.with_feedback(compress, vectors(stacked, dtype))
@@ -171,18 +177,45 @@ def bound(name: str) -> Any:
     return COMPRESSORS[name].bind(layout(params(), jnp.float32, None))
 
 
-def low_rank_row(state: Any) -> list[np.ndarray]:
+def stored_row(space: Any, rows: Any, slot: int) -> Any:
+    """Return the row at `slot` of a window."""
+
+    def part(leaf, like):
+        size = like.shape[ROW_AXIS]
+        return lax.slice_in_dim(leaf, slot * size, (slot + 1) * size, axis=ROW_AXIS)
+
+    return jax.tree.map(part, rows, space.zeros()[1])
+
+
+def by_leaf(space: Any, batches: Any) -> list[Any]:
+    """Return the member of each leaf; None where leaves kept whole have none."""
+    found: dict[int, Any] = {}
+    for group in space.groups:
+        batch = batches.get(group.name)
+        for place, index in enumerate(group.indices):
+            found[index] = None if batch is None else batch[place]
+    return [found[index] for index in range(len(found))]
+
+
+def low_rank_row(space: Any, state: Any) -> list[np.ndarray]:
     """Return the newest low-rank row as matrices, multiplied out in float64."""
     rows, scale, slot, _ = state.window
     newest = (int(slot) - 1) % len(scale)
     matrices = []
-    for left, right in zip(
-        jax.tree.leaves(rows.left), jax.tree.leaves(rows.right), strict=True
-    ):
-        left = np.asarray(left[:, newest], np.float64)
-        right = np.asarray(right[:, newest], np.float64)
-        matrices.append(float(scale[newest]) * left @ right.T)
+    for left, right in zip(*(by_leaf(space, side) for side in rows), strict=True):
+        rank = len(right) // len(scale)
+        part = slice(newest * rank, (newest + 1) * rank)
+        left = np.ones((1, 1)) if left is None else np.asarray(left[part], np.float64)
+        right = np.asarray(right[part], np.float64)
+        matrices.append(float(scale[newest]) * left.T @ right)
     return matrices
+
+
+def products_by_leaf(name: str, products: Any) -> list[Any]:
+    """Return what there is for each Gram matrix, in the order of `parts`."""
+    if LOW_RANK.get(name, {}).get("block_diagonal"):
+        return by_leaf(bound(name), products)
+    return jax.tree.leaves(products)
 
 
 def oracle_compressor(name: str) -> Any:

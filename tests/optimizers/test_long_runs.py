@@ -11,6 +11,7 @@ import oracles
 import pytest
 
 import efcp_jax
+from efcp_jax.devices.placement import layout
 
 
 M = 6
@@ -33,9 +34,12 @@ def stored_rows(name: str, state) -> np.ndarray:
         for b, i, k in np.ndindex(blocks, size, kept):
             dense[i, b, int(rows.offsets[b, i, k])] += rows.values[b, i, k]
         return dense.reshape(size, -1)
-    pairs = zip(jax.tree.leaves(rows.left), jax.tree.leaves(rows.right), strict=True)
-    parts = [np.einsum("nmr,pmr->mnp", left, right) for left, right in pairs]
-    return np.concatenate([part.reshape(M, -1) for part in parts], axis=1)
+    space = COMPRESSORS[name].bind(layout(cases.params(), jnp.float32, None))
+    parts = []
+    for left, right in zip(*(cases.by_leaf(space, side) for side in rows), strict=True):
+        left = np.ones((M, 1)) if left is None else left
+        parts.append(np.einsum("mn,mp->mnp", left, right).reshape(M, -1))  # rank 1
+    return np.concatenate(parts, axis=1)
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)

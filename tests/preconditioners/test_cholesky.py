@@ -69,3 +69,19 @@ def test_batches_factorise_and_doubles_stay_doubles():
         assert solutions.dtype == jnp.float64
         for one, solution in zip(given, solutions, strict=True):
             np.testing.assert_allclose(one @ solution, np.ones(200), atol=1e-12)
+
+
+def test_one_block_of_any_size_is_the_same_factorisation():
+    """What NVIDIA's and AMD's accelerators do."""
+    rng = np.random.default_rng(4)
+    given = matrix(300, 10.0, rng).astype(np.float32)
+    rhs = rng.standard_normal(300).astype(np.float32)
+
+    @jax.jit
+    def whole(given, rhs):
+        factor = cholesky.factorise(given, len(given))
+        assert not isinstance(factor, cholesky.Blocked)
+        return cholesky.pivots(factor), cholesky.solve(factor, rhs)
+
+    for a, b in zip(whole(given, rhs), factor_and_solve(given, rhs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -51,7 +51,7 @@ def test_gram_in_the_state_is_that_of_the_stored_rows(name):
         for t in range(max(0, count - cases.WINDOW), count):
             rows[t % cases.WINDOW] = result.rows[t]
         scale = state.window.scale.astype(np.float64)
-        leaves = jax.tree.leaves(state.gram)
+        leaves = cases.products_by_leaf(name, state.gram)
         for gram, part in zip(leaves, cases.parts(name), strict=True):
             expected = rows[:, part] @ rows[:, part].T
             scaled = scale[:, None] * gram * scale

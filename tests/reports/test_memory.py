@@ -25,11 +25,24 @@ def fixed(window_bytes=4 * M):
 
 OPTIMIZERS = {
     "mfac": (efcp_jax.mfac(0.1, M), 4 * M * D),
+    # Three blocks of 128 hold 350 parameters with padding; two of each are kept.
+    "sparse_mfac": (
+        efcp_jax.sparse_mfac(0.1, M),
+        M * 3 * 2 * (4 + 1) + 4 * 3 * 128,
+    ),
     # 350 parameters are one block of at most 4096; 10% of it are 35 entries.
-    "sparse_mfac": (efcp_jax.sparse_mfac(0.1, M, 0.1), M * 35 * (4 + 2) + 4 * D),
+    "sparse_mfac-4096": (
+        efcp_jax.sparse_mfac(0.1, M, 0.1, block_size=4096),
+        M * 35 * (4 + 2) + 4 * D,
+    ),
     "sparse_mfac-bf16": (
         efcp_jax.sparse_mfac(
-            0.1, M, 0.1, value_dtype=jnp.bfloat16, error_dtype=jnp.bfloat16
+            0.1,
+            M,
+            0.1,
+            block_size=4096,
+            value_dtype=jnp.bfloat16,
+            error_dtype=jnp.bfloat16,
         ),
         M * 35 * (2 + 2) + 2 * D,
     ),
@@ -38,10 +51,10 @@ OPTIMIZERS = {
         efcp_jax.sparse_ggt(0.1, M, 0.05, block_size=80),
         M * 5 * 4 * (4 + 1) + 4 * 5 * 80,
     ),
-    # The kernel as (6 + 50) r factors, the vector as itself and a one; the bases too.
+    # The kernel as (6 + 50) r factors, the vector as itself; a basis of 50 r.
     "low_rank_ggt": (
         efcp_jax.low_rank_ggt(0.1, M, 2),
-        4 * M * (2 * (6 + 50) + 50 + 1) + 4 * D + 4 * (2 * 50 + 1),
+        4 * M * (2 * (6 + 50) + 50) + 4 * D + 4 * 2 * 50,
     ),
     "momentum": (efcp_jax.mfac(0.1, M, momentum=0.9), 4 * M * D + 4 * D),
 }

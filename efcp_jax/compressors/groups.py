@@ -1,0 +1,86 @@
+"""Leaves whose matrices are equal, as one batch of matrices.
+
+The number of kernels of a step and the time to compile it follow the number of groups,
+not of leaves.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from efcp_jax.compressors.matrix import Matrix
+from efcp_jax.devices.layout import Layout
+
+
+class Group(NamedTuple):
+    """The leaves that share one `Matrix`.
+
+    Attributes:
+        name: The key of the group in the state.
+        matrix: How each of them is factorised.
+        indices: Which leaves they are, in the order in which they are stacked.
+    """
+
+    name: str
+    matrix: Matrix
+    indices: tuple[int, ...]
+
+    def stack(self, matrices: list[jax.Array], layout: Layout) -> jax.Array:
+        """Return this device's part of the leaves, from the matrices of all leaves.
+
+        Args:
+            matrices: The matrix of each leaf of the tree, on this device.
+            layout: The leaves of the tree.
+
+        Returns:
+            Array of shape `(g, rows, cols)`, or `(g, cols)` for leaves kept whole.
+        """
+        values = [matrices[i] for i in self.indices]
+        size, ways = self.matrix.rows, layout.ways(layout.split)
+        if self.matrix.whole:
+            values = [value.reshape(-1) for value in values]
+            size = self.matrix.cols
+        stacked = jnp.stack(values)
+        if missing := size * ways - stacked.shape[1]:
+            pads = [(0, 0), (0, missing), (0, 0)]
+            stacked = jnp.pad(stacked, pads[: stacked.ndim])
+        return layout.own(stacked, axis=1)
+
+    def split(
+        self, values: jax.Array, layout: Layout, start: int = 0
+    ) -> list[jax.Array]:
+        """Return the matrices of the leaves from `start` on; undoes `stack`."""
+        values = layout.gather(values, axis=1)
+        indices = self.indices[start : start + len(values)]
+        leaves = [layout.leaves[i] for i in indices]
+        size = leaves[0].size if self.matrix.whole else leaves[0].matrix_shape[0]
+        return [
+            value.reshape(leaf.matrix_shape)
+            for value, leaf in zip(jnp.unstack(values[:, :size]), leaves, strict=True)
+        ]
+
+    def runs(self, entries: int) -> list[tuple[int, int]]:
+        """Return start and length of runs of about `entries` entries, one at least."""
+        count = len(self.indices)
+        each = max(1, entries // (self.matrix.rows * self.matrix.cols))
+        each = -(-count // -(-count // each))  # of about equal length
+        return [(i, min(each, count - i)) for i in range(0, count, each)]
+
+
+def groups_of(layout: Layout, rank: int) -> tuple[Group, ...]:
+    """Return the groups of the leaves of `layout`, in the order of their first leaves.
+
+    A group is named by the shape of its matrices; one of the same shape that lies on
+    the devices in another way gets a number, from 2, behind the shape.
+    """
+    members: dict[Matrix, list[int]] = {}
+    for index, leaf in enumerate(layout.leaves):
+        members.setdefault(Matrix.of(leaf, layout, rank), []).append(index)
+    alike: dict[str, int] = {}
+    groups = []
+    for matrix, indices in members.items():
+        number = alike[matrix.name] = alike.get(matrix.name, 0) + 1
+        name = matrix.name if number == 1 else f"{matrix.name}-{number}"
+        groups.append(Group(name, matrix, tuple(indices)))
+    return tuple(groups)

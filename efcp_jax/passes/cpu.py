@@ -1,0 +1,128 @@
+"""Passes over small blocks on CPUs: loops over tiles that stay in the cache.
+
+What is touched in one round is a few tiles, so that temporaries are small, and sums
+are taken entry by entry, which vectorises. XLA's scattered addition takes 2 to 3 ns an
+entry here, a comparison with every place of a block fifty times that.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efcp_jax.passes import reference
+from efcp_jax.passes.bisection import largest
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched
+from efcp_jax.passes.places import chunk_products, positions, shape
+from efcp_jax.passes.runs import part, sweep, write
+
+
+# Rounds of argmax that take less time than a bisection.
+_MOST_ROUNDS = 4
+
+# Entries of the window of one round. XLA spreads sums over cores from 128 thousand
+# entries on; scattered additions run on one core and are best inside its cache.
+_INNER = 3 << 16
+_COMBINE = 1 << 12
+
+# Rounds that a sum is worth to be set up for.
+_FEWEST_ROUNDS = 8
+
+
+def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block; see `tiles`."""
+    few = kept <= _MOST_ROUNDS
+    offsets = argmax_rounds(vector, kept) if few else largest(vector, kept)
+    values = jnp.take_along_axis(vector, offsets, axis=1)
+    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
+
+
+def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return `vector` less the `values` at their places, in place."""
+    values, offsets = reference.from_tiles(values), reference.from_tiles(offsets)
+    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
+    return vector.at[block, offsets.astype(jnp.int32)].add(-values, unique_indices=True)
+
+
+def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`."""
+    tiles, entries, lanes = window.values.shape
+    kept = row.values.shape[1]
+
+    def products(start: Any, chunk: int) -> jax.Array:
+        rows, newest = part(window, start, chunk), part(row, start, chunk)
+        if kept <= MOST_MATCHES:
+            return matched(rows, newest)
+        vector = reference.scatter(newest, size)
+        offsets = reference.from_tiles(rows.offsets).astype(jnp.uint32)
+        taken = jnp.take_along_axis(vector, offsets, 1, mode="promise_in_bounds")
+        values = rows.values.astype(vector.dtype)
+        return values * reference.to_tiles(taken, lanes)
+
+    def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
+        return total + products(start, chunk)
+
+    chunk = max(1, min(_INNER // (entries * lanes), tiles // _FEWEST_ROUNDS))
+    whole = tiles // chunk * chunk
+    zeros = jnp.zeros((chunk, entries, lanes), row.values.dtype)
+    total = jnp.sum(sweep(whole, chunk, zeros, add), axis=(0, 2))
+    if whole < tiles:
+        total += jnp.sum(products(whole, tiles - whole), axis=(0, 2))
+    return jnp.sum(total.reshape(-1, kept), axis=1)
+
+
+def combine(
+    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    _, entries, lanes = window.values.shape
+    each = reference.per_entry(window, weights)
+
+    def sums(start: Any, chunk: int) -> jax.Array:
+        values, offsets = part(window, start, chunk)
+        values = values.astype(weights.dtype) * each
+        block = jnp.arange(chunk * lanes, dtype=jnp.uint32).reshape(chunk, 1, lanes)
+        index = offsets.astype(jnp.uint32) + size * block
+        zeros = jnp.zeros(chunk * lanes * size, weights.dtype)
+        return zeros.at[index.reshape(-1)].add(
+            values.reshape(-1), mode="promise_in_bounds"
+        )
+
+    chunk = max(1, _COMBINE // (entries * lanes))
+    return write(runs, lanes * size, chunk, sums, weights.dtype)
+
+
+def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`."""
+    # Sums of whole chunks, entry by entry, are vectorised. A sum along a row would
+    # wait for each addition.
+    count, entries = shape(window)
+    products = functools.partial(chunk_products, form, window, row)
+    add = lambda total, start, chunk: total + products(start, chunk)
+    chunk = max(1, min(_INNER // entries, count // _FEWEST_ROUNDS))
+    whole = count // chunk * chunk
+    zeros = jnp.zeros((chunk, entries), row.values.dtype)
+    total = jnp.sum(sweep(whole, chunk, zeros, add), axis=0)
+    if whole < count:
+        total += jnp.sum(products(whole, count - whole), axis=0)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
+def combine_large(
+    window: Stored, weights: jax.Array, *, form: Any, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    entries = shape(window)[1]
+    each = jnp.repeat(weights, form.kept)
+
+    def sums(start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
+        index = positions(form.size, offsets).reshape(-1)
+        zeros = jnp.zeros(chunk * form.size, weights.dtype)
+        added = (values * each).reshape(-1)
+        return zeros.at[index].add(added, mode="promise_in_bounds")
+
+    chunk = max(1, _COMBINE // entries)
+    return write(runs, form.size, chunk, sums, weights.dtype)

@@ -1,0 +1,35 @@
+"""Whether a gradient is finite, looked at as it is needed afterwards."""
+
+from collections.abc import Callable, Iterable
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+
+def finite(
+    pieces: Callable[[], Iterable[jax.Array]],
+    packed: Callable[[], Iterable[jax.Array]],
+) -> jax.Array:
+    """Return whether all entries are finite.
+
+    Args:
+        pieces: Makes the entries a few leaves at a time: so CPUs look at them, and add
+            them to the error.
+        packed: Makes the entries in working form, which accelerators make anyway, to
+            look at them in one piece.
+
+    Returns:
+        A boolean.
+    """
+    return lax.platform_dependent(
+        cpu=lambda: _all_finite(pieces()), default=lambda: _all_finite(packed())
+    )
+
+
+def _all_finite(arrays: Iterable[jax.Array]) -> jax.Array:
+    # Not a reduction with a function of one's own, which XLA cannot divide among
+    # devices where its partitioner does the spreading.
+    each = [jnp.all(jnp.isfinite(array)) for array in arrays]
+    return functools.reduce(jnp.logical_and, each, jnp.asarray(True))

@@ -1,0 +1,102 @@
+"""Passes over small blocks on GPUs: fused comparisons, each sum in one fixed order.
+
+A scattered addition of floats would use atomics, whose order differs from run to run.
+Comparing each entry with every place of its block takes no temporary, and less time
+than the bytes of the window while the window has a few hundred rows.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from efcp_jax.passes import gpu_add, reference
+from efcp_jax.passes.bisection import largest
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched
+from efcp_jax.passes.places import chunk_products, place, shape
+from efcp_jax.passes.runs import sweep
+
+
+# Entries of a window of large blocks gathered at a time, to keep all cores busy.
+_INNER = 1 << 24
+
+
+def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block; see `tiles`."""
+    few = kept <= MOST_MATCHES
+    offsets = argmax_rounds(vector, kept) if few else largest(vector, kept)
+    values = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
+    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
+
+
+def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return `vector` less the `values` at their places."""
+    return vector - spread(SparseRow(values, offsets), vector.shape[1])
+
+
+def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`."""
+    kept = row.values.shape[1]
+    if kept <= MOST_MATCHES:
+        products = matched(window, row)
+    else:
+        dense = spread(row, size)
+        lanes = window.values.shape[2]
+        offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
+        taken = jnp.take_along_axis(dense, offsets, axis=1, mode="promise_in_bounds")
+        products = window.values.astype(dense.dtype) * reference.to_tiles(taken, lanes)
+    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
+
+
+def combine(
+    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    if gpu_add.fits(window.values, weights, size):
+        each = reference.per_entry(window, weights)[:, 0]
+        leaves = [leaf for run in runs for leaf in run]
+        if len(leaves) == 1:  # written as it is
+            return [gpu_add.add(*window, each, size, *leaves)]
+        count = window.values.shape[0] * window.values.shape[2] * size
+        blocks = gpu_add.add(*window, each, size, count).reshape(-1, size)
+        return reference.cut(blocks, runs)
+    weighted = window.values.astype(weights.dtype) * reference.per_entry(
+        window, weights
+    )
+    return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
+
+
+def spread(row: SparseRow, size: int) -> jax.Array:
+    """Return the blocks `(blocks, size)` that the entries add up to, by comparison."""
+    places = lax.broadcasted_iota(row.offsets.dtype, (1, 1, 1, size), 3)
+    here = row.offsets[..., None] == places
+    return jnp.sum(jnp.where(here, row.values[..., None], 0), axis=1).reshape(-1, size)
+
+
+def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`."""
+    count, entries = shape(window)
+    products = functools.partial(chunk_products, form, window, row)
+    add = lambda total, start, chunk: total + jnp.sum(products(start, chunk), axis=0)
+    chunk = max(1, _INNER // entries)
+    total = sweep(count, chunk, jnp.zeros(entries, row.values.dtype), add)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
+def combine_large(
+    window: Stored, weights: jax.Array, *, form: Any, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        slot = lambda leaf: lax.dynamic_slice_in_dim(
+            leaf, i * form.kept, form.kept, axis=1
+        )
+        row = form.storage.load(jax.tree.map(slot, window), weights.dtype)
+        return place(form.size, row[1], row[0] * weights[i], total)
+
+    zeros = jnp.zeros(shape(window)[0] * form.size, weights.dtype)
+    return reference.cut(lax.fori_loop(0, len(weights), add, zeros), runs)

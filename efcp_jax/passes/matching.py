@@ -1,0 +1,63 @@
+"""Selection in rounds, and products by matching offsets: what platforms share.
+
+Comparisons and sums of whole arrays, which every compiler fuses into one pass without
+a temporary, and without a gather or a scatter.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efcp_jax.passes.entries import SparseRow
+from efcp_jax.passes.reference import magnitudes
+
+
+# Entries a block of a row up to which comparing every entry of a window with each of
+# them takes less time than a gather.
+MOST_MATCHES = 8
+
+
+def argmax_rounds(vector: jax.Array, kept: int) -> jax.Array:
+    """Return the offsets of the `kept` largest entries of every row, one a round.
+
+    Args:
+        vector: Shape `(blocks, size)`.
+        kept: Number of rounds.
+
+    Returns:
+        Array of shape `(blocks, kept)`, int32, ascending.
+    """
+    left = magnitudes(vector)
+    places = jnp.arange(vector.shape[1], dtype=jnp.int32)
+    found = []
+    for _ in range(kept):
+        found.append(jnp.argmax(left, axis=1).astype(jnp.int32))
+        left = jnp.where(places == found[-1][:, None], -1, left)
+    return jnp.stack(ascending(found), axis=1)
+
+
+def ascending(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Sort a few arrays against each other, entry by entry."""
+    arrays = list(arrays)
+    for last in range(len(arrays) - 1, 0, -1):
+        for i in range(last):
+            low, high = arrays[i], arrays[i + 1]
+            arrays[i], arrays[i + 1] = jnp.minimum(low, high), jnp.maximum(low, high)
+    return arrays
+
+
+def matched(window: SparseRow, row: SparseRow) -> jax.Array:
+    """Return every entry of `window` times the entry of `row` at the same place.
+
+    Args:
+        window: Values and offsets `(tiles, n, lanes)`.
+        row: Values `(tiles, k, lanes)` in the dtype of the result, and offsets.
+
+    Returns:
+        Array of shape `(tiles, n, lanes)`; 0 where `row` has no entry.
+    """
+    at = jnp.zeros((), row.values.dtype)
+    for i in range(row.values.shape[1]):
+        value, offset = row.values[:, i : i + 1], row.offsets[:, i : i + 1]
+        # A sum, so that entries of value 0 may share a place with another.
+        at = at + jnp.where(window.offsets == offset, value, 0)
+    return window.values.astype(row.values.dtype) * at

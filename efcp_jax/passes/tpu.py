@@ -1,0 +1,118 @@
+"""Passes over sparse rows on TPUs: registers are compared, nothing is gathered.
+
+A tile is 128 blocks, one a lane of a register. Entries are found by comparing offsets,
+with one another or with all entries of a block. Where XLA moves no more than it must,
+its form is used; the others are kernels, for tiles of 128 blocks. Models of fewer
+blocks are one tile of them, all left to XLA.
+
+Where m k is a multiple of 8, XLA keeps windows in the order in which kernels read them;
+any other window is copied before a kernel reads it.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from efcp_jax.passes import reference, tpu_add, tpu_inner, tpu_select
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.matching import matched
+from efcp_jax.passes.places import shape
+from efcp_jax.passes.runs import part, sweep
+from efcp_jax.passes.tpu_select import feed as feed
+from efcp_jax.passes.tpu_tiles import LANES
+
+
+# Entries of a window of large blocks that are summed at a time.
+_COMBINE = 1 << 20
+
+
+def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block; see `tiles`."""
+    if kept == vector.shape[1]:
+        values = reference.to_tiles(vector, lanes)
+        return values, lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    if _fits(vector, lanes):
+        return tpu_select.select(vector, kept)
+    return reference.select(vector, kept=kept, lanes=lanes)
+
+
+def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return `vector` less the `values` at their places."""
+    if _fits(vector, values.shape[2]):
+        return tpu_add.add(values, offsets, -jnp.ones(1), vector.shape[1], vector)
+    return reference.residual(vector, values, offsets)
+
+
+def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`."""
+    del size
+    if _fits(row.values, window.values.shape[2]):
+        products = tpu_inner.inner(*window, *row)
+    else:
+        products = jnp.sum(matched(window, row), axis=(0, 2))
+    return jnp.sum(products.reshape(-1, row.values.shape[1]), axis=1)
+
+
+def combine(
+    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    values, offsets = window
+    if not _fits(weights, values.shape[2]):
+        return reference.combine(window, weights, size=size, runs=runs)
+    leaves = reference.cut(tpu_add.add(values, offsets, weights, size), runs)
+    # Else XLA would give the whole vector the shape of each kind of leaf in turn.
+    return lax.optimization_barrier(leaves)
+
+
+def feeds(error: jax.Array, dtype: Any, lanes: int) -> bool:
+    """Return whether `feed` takes this error and values of `dtype`."""
+    kinds = (jnp.float32, jnp.bfloat16)
+    return lanes == LANES and error.dtype in kinds and dtype in kinds
+
+
+def _fits(array: jax.Array, lanes: int) -> bool:
+    """Return whether there are kernels for tiles of so many blocks of this dtype."""
+    return lanes == LANES and array.dtype == jnp.float32
+
+
+def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`."""
+    values, offsets = form.storage.load(window, row.values.dtype)
+    same = offsets[:, :, None] == row.offsets[:, None, :]
+    at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
+    total = jnp.sum(values * at, axis=0)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
+def combine_large(
+    window: Stored, weights: jax.Array, *, form: Any, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    # An offset is a number of two digits. What says which entry has which first digit,
+    # times what says which has which second one and how much, is the sum.
+    count, entries = shape(window)
+    each = jnp.repeat(weights, form.kept)
+    low = 2 ** math.ceil(math.log2(form.size) / 2)
+    high = -(-form.size // low)
+
+    def write_sums(out: jax.Array, start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
+        digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
+        first = (offsets // low)[:, :, None] == digits(high)
+        second = (offsets % low)[:, :, None] == digits(low)
+        sums = jnp.einsum(
+            "bnh,bnl->bhl",
+            first.astype(weights.dtype),
+            jnp.where(second, (values * each)[:, :, None], 0),
+            precision=lax.Precision.HIGHEST,
+        )
+        sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
+        return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
+
+    out = jnp.zeros(count * form.size, weights.dtype)
+    chunk = max(1, _COMBINE // entries)
+    return reference.cut(sweep(count, chunk, out, write_sums), runs)

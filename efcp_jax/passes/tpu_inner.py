@@ -1,0 +1,92 @@
+"""Inner products of sparse rows, by a kernel for TPUs that compares offsets.
+
+XLA's own form moves as little, but where a window fits into fast memory XLA moves it
+there whole, and back again once a row has been inserted.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from efcp_jax.passes import tpu_tiles as layout
+from efcp_jax.passes.tpu_tiles import LANES
+
+
+# Entries of a window that a program holds.
+_HELD = 256
+
+# Programs add up tile after tile.
+_ADDING = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
+
+
+def inner(
+    values: jax.Array,
+    offsets: jax.Array,
+    row_values: jax.Array,
+    row_offsets: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return every entry of a window times that of a row at its place, summed.
+
+    Args:
+        values: The values of the window, `(tiles, n, 128)`.
+        offsets: Its offsets.
+        row_values: The values of the row, `(tiles, k, 128)`, float32.
+        row_offsets: Its offsets.
+        interpret: Whether to run the kernel on a CPU.
+
+    Returns:
+        One sum for each entry of a block, `(n,)`, float32.
+    """
+    tiles, entries, _ = values.shape
+    kept = row_values.shape[1]
+    held = min(entries, _HELD)
+    width = values.dtype.itemsize + offsets.dtype.itemsize
+    group = layout.group(tiles, width * held + 8 * kept)
+    window = pl.BlockSpec((group, held, LANES), lambda j, i: (i, j, 0))
+    row = pl.BlockSpec((group, kept, LANES), lambda j, i: (i, 0, 0))
+    out = jax.ShapeDtypeStruct((entries, LANES), jnp.float32)
+    sums = pl.pallas_call(
+        functools.partial(_kernel, tiles),
+        grid=(pl.cdiv(entries, held), pl.cdiv(tiles, group)),
+        in_specs=[window, window, row, row],
+        out_specs=pl.BlockSpec((held, LANES), lambda j, i: (j, 0)),
+        out_shape=out,
+        cost_estimate=layout.cost(2 * (kept + 1) * values.size),
+        compiler_params=_ADDING,
+        interpret=interpret,
+    )(
+        layout.held(layout.readable(values), interpret),
+        layout.held(offsets, interpret),
+        row_values,
+        row_offsets.astype(jnp.int32),
+    )
+    return jnp.sum(sums, axis=1)
+
+
+def _kernel(tiles, values, offsets, row_values, row_offsets, out):
+    """Add the products of one tile after the other to `out`."""
+    group, kept = values.shape[0], row_values.shape[1]
+    step = pl.program_id(1)
+
+    @pl.when(step == 0)
+    def _():
+        out[...] = jnp.zeros_like(out)
+
+    def tile(t, _):
+        places = offsets[t].astype(jnp.int32)
+        facing = jnp.zeros(places.shape, jnp.float32)
+        for i in range(kept):
+            here = places == row_offsets[t, i : i + 1, :]
+            # A sum, so that entries of value 0 may share a place with another.
+            facing += jnp.where(here, row_values[t, i : i + 1, :], 0.0)
+        out[...] += layout.floats(values[t]) * facing
+        return 0
+
+    # Behind the last tile there is nothing to be added.
+    lax.fori_loop(0, jnp.minimum(group, tiles - step * group), tile, 0)

@@ -1,0 +1,99 @@
+"""Vectors in tiles of 128 blocks, as kernels for TPUs read and write them.
+
+Inside a kernel the blocks of a tile lie on lanes and the entries of a block on
+sublanes, so that a maximum over entries, or comparing an offset with every entry, works
+on whole registers. Vectors come as XLA stores them: if the entries of a block fill
+lanes, they lie there and are transposed in fast memory; else blocks are there already.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+
+# Lanes of a register: blocks of a tile, and entries that are transposed at a time.
+LANES = 128
+
+# About how many bytes a program reads and writes; twice as many are held. Much less
+# would not hide what it takes to start a program and its copies.
+_PROGRAM = 1 << 20
+
+
+def group(tiles: int, width: int) -> int:
+    """Return how many tiles, of `width` bytes a block, a program takes."""
+    return max(1, min(tiles, _PROGRAM // (width * LANES)))
+
+
+def cost(operations: int) -> pl.CostEstimate:
+    """Return the cost of so many operations.
+
+    Bytes are left out: a kernel moves its operands and results once, which whoever
+    reads the program counts from there.
+    """
+    return pl.CostEstimate(flops=operations, transcendentals=0, bytes_accessed=0)
+
+
+def held(array: jax.Array, interpret: bool = False) -> jax.Array:
+    """Return `array`, kept in main memory.
+
+    XLA moves what fits into fast memory there, whole; a kernel moves what it needs.
+    """
+    if interpret:
+        return array
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def turn(vector: jax.Array, size: int) -> jax.Array:
+    """Return `vector`, `(blocks, size)`, as kernels read it, or the reverse."""
+    # XLA stores it so that this moves nothing.
+    return vector if size % LANES == 0 else vector.T
+
+
+def vector_spec(group: int, size: int) -> pl.BlockSpec:
+    """Return the part of a vector that a program takes: `group` tiles."""
+    if size % LANES == 0:
+        return pl.BlockSpec((group * LANES, size), lambda i, *_: (i, 0))
+    return pl.BlockSpec((size, group * LANES), lambda i, *_: (0, i))
+
+
+def read(ref: Any, t: Any, size: int, low: int = 0, high: int | None = None):
+    """Return entries from `low` to `high` of tile `t` of a vector, on sublanes."""
+    span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+    if size % LANES == 0:
+        return ref[span, low:high].T
+    return ref[low:high, span]
+
+
+def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
+    """Write what `read` returns."""
+    span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+    high = low + len(entries)
+    if size % LANES == 0:
+        ref[span, low:high] = entries.T
+    else:
+        ref[low:high, span] = entries
+
+
+def readable(values: jax.Array) -> jax.Array:
+    """Return float16 as int16, which kernels can load."""
+    if values.dtype == jnp.float16:
+        return lax.bitcast_convert_type(values, jnp.int16)
+    return values
+
+
+def floats(values: jax.Array) -> jax.Array:
+    """Return float32 of what `readable` returns."""
+    if values.dtype != jnp.int16:
+        return values.astype(jnp.float32)
+    bits = values.astype(jnp.int32)
+    magnitude = bits & 0x7FFF
+    # Exponents move from a bias of 15 to one of 127; that of infinity is all ones.
+    bias = jnp.where(magnitude < 0x7C00, (127 - 15) << 23, (255 - 31) << 23)
+    normal = lax.bitcast_convert_type((magnitude << 13) + bias, jnp.float32)
+    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
+    positive = jnp.where(magnitude < 0x0400, subnormal, normal)
+    return jnp.where(bits < 0, -positive, positive)
