@@ -60,6 +60,13 @@ def same_trees(updates: Any, params: Any) -> None:
     _same_nodes("updates", updates, params, remedy)
 
 
+def is_like(state: Any, expected: Any) -> bool:
+    """Return whether `state` has the structure and the shapes of `expected`."""
+    shapes = lambda tree: list(map(jnp.shape, jax.tree.leaves(tree)))
+    alike = jax.tree.structure(state) == jax.tree.structure(expected)
+    return alike and shapes(state) == shapes(expected)
+
+
 def same_state(state: Any, expected: Any, updates: Any) -> None:
     """Raise, naming the leaf, if `state` was not made by `init` for such `updates`.
 

@@ -67,7 +67,8 @@ def compress(
     )
     accept = finite if guarded else jnp.asarray(True)
     if error is None:
-        total = jax.tree.map(lambda g: jnp.where(accept, g, 0), space.pack(tree))
+        # Of a gradient that is not accepted nothing is kept, whatever it is.
+        total = space.pack(tree)
         row, scale, basis = space.compress(total, basis, scaled)
     else:
         row, scale, error, basis = space.feed(tree, error, basis, accept, scaled)

@@ -12,7 +12,7 @@ import optax
 
 from efcp_jax import _validate_trees
 from efcp_jax.compressors import Compressor, Space
-from efcp_jax.devices import description, placement
+from efcp_jax.devices import description, placement, spread
 from efcp_jax.devices.boxes import strip_boxes
 
 
@@ -62,10 +62,30 @@ def transformation(
         _validate_trees.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
-        state = description.start(init, space, placed, specs(space))
+        state = description.start(init, space, placed, specs(space), params)
         if not asked:
             structure[0] = jax.tree.structure(state)
         return state
+
+    def match(updates, state, placed):
+        """Return whether `state` fits `placed`, the space, and what it should be."""
+        space = space_of(updates, _state_dtype(state), placed)
+        local = jax.eval_shape(lambda: init(space))
+        made = description.global_arrays(local, specs(space), placed)
+        return _validate_trees.is_like(state, made), space, made
+
+    def fitting(updates, like, state):
+        """Return the placement and the space that `state` was made for."""
+        placed = placement.find(like, sharding, updates, state)
+        fits, space, made = match(updates, state, placed)
+        if not fits and placed is not None and placed.shapes is not None:
+            # Under Auto axes `init` may not have seen the mesh that is seen now. Then
+            # every device makes the step of one: kernels for TPUs cannot be divided.
+            fits, alone, _ = match(updates, state, None)
+            if fits:
+                return placement.everywhere(updates, placed.mesh), alone
+        _validate_trees.same_state(state, made, updates)
+        return placed, space
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -74,11 +94,7 @@ def transformation(
         like = updates if params is None else params
         _validate_trees.floating_leaves(updates, "updates")
         _validate_trees.same_trees(updates, like)
-        placed = placement.find(like, sharding)
-        space = space_of(updates, _state_dtype(state), placed)
-        local = jax.eval_shape(lambda: init(space))
-        made = description.global_arrays(local, specs(space), placed)
-        _validate_trees.same_state(state, made, updates)
+        placed, space = fitting(updates, like, state)
         structure[0] = jax.tree.structure(state)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
@@ -87,20 +103,16 @@ def transformation(
         tree_specs, state_specs = PartitionSpec(), specs(space)
         if placed is not None:
             tree_specs = jax.tree.structure(updates).unflatten(placed.specs)
-            moved = placement.move(updates, placed.specs)
-        else:
-            moved = updates
-        new_updates, new_state = placement.run(
+        new_updates, new_state = spread.run(
             functools.partial(step, space),
             placed,
             (tree_specs, state_specs, {name: PartitionSpec() for name in values}),
             (tree_specs, state_specs),
-            moved,
+            spread.enter(updates, placed),
             state,
             values,
         )
-        if placed is not None:
-            new_updates = placement.move_like(new_updates, updates)
+        new_updates = spread.leave(new_updates, updates, like, placed)
         return given.unflatten(jax.tree.leaves(new_updates)), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,13 +1,21 @@
 r"""Many devices: where the state lives, and how to carry it to other devices.
 
-The step runs on all devices at once (`jax.shard_map`), each on the shards it holds. It
-needs to know where the parameters live:
+The step runs on all devices at once (`jax.shard_map`), each on its share of every
+parameter. Nothing needs to be said about where the parameters live:
 
-* under Explicit mesh axes (the default of `jax.make_mesh`) it reads their types, and
-  nothing needs to be said;
-* under Auto axes the `sharding` argument of the transformation says it, in JAX's own
+* under Explicit mesh axes (the default of `jax.make_mesh`) their types tell it, and the
+  shares are the shards;
+* under Auto axes their types tell the mesh alone. The step divides every parameter over
+  all mesh axes in a way of its own, along the longer side, and the partitioner brings
+  the gradient there and the update back: where the parameters are divided otherwise,
+  each device sends and receives its share, d over the number of devices. Trees of up to
+  2^20 entries are gathered whole instead, so that results are those of one device;
+* the `sharding` argument of the transformation tells it under Auto axes, in JAX's own
   types: one `NamedSharding`, or a `PartitionSpec` under `jax.set_mesh`, for all
-  parameters or for each.
+  parameters or for each. It saves that way there and back.
+
+State made before the parameters were on the mesh is that of one device, and remains so:
+call `init` with parameters that are where they will be, or under `jax.set_mesh`.
 
 The window and the error are divided over *all* mesh axes, so bytes a device fall as one
 over the number of devices; only the m x m Gram matrix and counters are on every device.
@@ -106,9 +114,9 @@ def state_shardings(
         if leaf.placement is None:
             if divided:
                 raise ValueError(
-                    "Parameters are divided among devices under Auto mesh axes, which a"
-                    " traced step cannot see. Pass `sharding` to the transformation, or"
-                    " make the mesh with Explicit axes."
+                    "Parameters are divided among devices in a way that a traced step"
+                    " cannot see. Pass `sharding` to the transformation, or make the"
+                    " mesh with Explicit axes."
                 )
             return jax.tree.map(lambda _: alone, leaf.arrays)
         on = concrete_mesh([mesh, leaf.placement.mesh])

@@ -151,7 +151,10 @@ def preconditioned(
         replace = lambda old, row: grams.replace(old, row, slot, accept)
         gram = jax.tree.map(space.each_gram(replace), state.gram, products)
         solve = lambda k, kept: coefficients(k, kept, window, slot, values)
-        solved = jax.tree.map(space.each_gram(solve), gram, state.factor)
+        # Large systems keep the cores busy one by one, and their branches apart.
+        large = bool(jax.tree.leaves(state.factor))
+        each = space.each_gram(solve, in_turn=large)
+        solved = jax.tree.map(each, gram, state.factor)
         weights = jax.tree.map(
             lambda _, new: jnp.where(accept, new[0], 0), gram, solved
         )

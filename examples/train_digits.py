@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--density", type=float, default=2 / 128)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("out"))
     args = parser.parse_args()

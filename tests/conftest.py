@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 from jax import lax
 import pytest
+import tile_cases
 
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -40,13 +41,31 @@ def x64():
 
 
 @pytest.fixture
-def accelerator(monkeypatch):
-    """Take every branch that is meant for accelerators."""
-    taken = []
+def pretend(monkeypatch):
+    """Return a function that makes the library take the branches of a platform.
 
-    def choose(*operands, default, **platforms):
-        taken.append(sorted(platforms))
-        return default(*operands)
+    They run on the CPU, kernels interpreted. The function returns which platforms were
+    offered, one list a branch taken, and the names of the kernels that were used.
+    """
 
-    monkeypatch.setattr(lax, "platform_dependent", choose)
-    return taken
+    def choose_for(platform):
+        offered = []
+
+        def choose(*operands, default=None, **platforms):
+            offered.append(sorted(platforms))
+            return platforms.get(platform, default)(*operands)
+
+        # What was traced before has the branches of the CPU.
+        jax.clear_caches()
+        monkeypatch.setattr(lax, "platform_dependent", choose)
+        return offered, tile_cases.interpret_kernels(monkeypatch)
+
+    yield choose_for
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+@pytest.fixture
+def accelerator(pretend):
+    """Take every branch that is meant for accelerators of no special kind."""
+    return pretend("default")[0]

@@ -136,8 +136,13 @@ class Space(Protocol):
         """Return `value` once for each array of Gram matrices."""
         ...
 
-    def each_gram(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function` of one Gram matrix for an array of them."""
+    def each_gram(
+        self, function: Callable[..., Any], *, in_turn: bool = False
+    ) -> Callable[..., Any]:
+        """Return `function` of one Gram matrix for arrays of them.
+
+        It is applied to all of them at once, or one after the other if `in_turn`.
+        """
         ...
 
     def mover(self, new: Any) -> Mover:

@@ -68,7 +68,7 @@ class Blocks:
             members.setdefault(layout.copies(leaf), []).append(index)
         copies = sorted(members)
         totals = [sum(layout.leaves[i].size for i in members[c]) for c in copies]
-        largest = max([*totals, 1])
+        largest, given = max([*totals, 1]), size
         ways = layout.ways(layout.split)
         if size is None:
             size = -(-largest // ways)
@@ -77,8 +77,11 @@ class Blocks:
         # that data parallelism selects the same entries as one device.
         size = min(size, largest)
         counts = [-(-n // size) for n in totals] or [1]
-        share = max(1, -(-sum(counts) // ways))
-        share += -share % min(tile, share)
+        share = _tiled(max(1, -(-sum(counts) // ways)), tile)
+        if layout.chosen and any(leaf.axes for leaf in layout.leaves):
+            devices = layout.ways(layout.axes)
+            alike = (share * devices, size) == _on_one_device(layout, given, tile)
+            share = _tiled(share + 1, tile) if alike else share
         # The last group takes the blocks that make the count divide among devices.
         counts[-1] += share * ways - sum(counts)
         members_in_order = [tuple(members[c]) for c in copies] or [()]
@@ -176,3 +179,15 @@ class Blocks:
         weights = jnp.asarray(self.weights, self.layout.dtype)
         # With idle axes every device owns a different run of the weights.
         return self.layout.own(weights, axis=0)
+
+
+def _tiled(count: int, tile: int) -> int:
+    """Return `count` blocks filled up to whole tiles, which are of `tile` at most."""
+    return count + -count % min(tile, count)
+
+
+def _on_one_device(layout: Layout, size: int | None, tile: int) -> tuple[int, int]:
+    """Return how many blocks one device alone would have, and their size."""
+    total = max(1, sum(leaf.whole_size for leaf in layout.leaves))
+    size = min(size or total, total)
+    return _tiled(-(-total // size), tile), size

@@ -215,8 +215,12 @@ class LowRankSpace:
             for g in self.groups
         }
 
-    def each_gram(self, function):  # noqa: D102
-        return jax.vmap(function) if self.block_diagonal else function
+    def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
+        if not self.block_diagonal:
+            return function
+        if in_turn:
+            return lambda *arrays: lax.map(lambda each: function(*each), arrays)
+        return jax.vmap(function)
 
     def mover(self, new: "LowRankSpace") -> FactorMover:  # noqa: D102
         return FactorMover(self, new)

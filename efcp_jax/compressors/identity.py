@@ -132,7 +132,8 @@ class IdentitySpace:
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
 
-    def each_gram(self, function):  # noqa: D102
+    def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
+        del in_turn
         return function
 
     def mover(self, new: "IdentitySpace") -> DenseMover:  # noqa: D102

@@ -51,11 +51,14 @@ class Matrix(NamedTuple):
         ways, copies = layout.ways(layout.split), layout.copies(leaf)
         if rank * (all_rows + all_cols) >= all_rows * all_cols:
             axes = (*leaf.axes, *layout.split)
+            # At least one entry, since checkpoints refuse arrays of size zero.
+            share = max(1, -(-leaf.size // ways))
+            # Entries of a leaf that is divided along its first axis are in order.
+            ordered = not any(leaf.partition[1:]) and leaf.parts == 1
             return cls(
                 shape=(all_rows * all_cols,),
                 rows=1,
-                # At least one entry, since checkpoints refuse arrays of size zero.
-                cols=max(1, -(-leaf.size // ways)),
+                cols=share + int(layout.chosen and not ordered),
                 rank=1,
                 row_axes=(),
                 col_axes=axes,

@@ -96,7 +96,8 @@ class SparseSpace:
 
     def expand(self, row: Stored) -> jax.Array:  # noqa: D102
         zeros = jnp.zeros((self.blocks.count, self.blocks.size), self.layout.dtype)
-        return -self.residual(zeros, row, jnp.ones((), zeros.dtype))
+        values, offsets = self.storage.load(row, self.layout.dtype)
+        return self.passes.residual(zeros, -values, offsets)
 
     def residual(self, vector: jax.Array, row: Stored, scale: jax.Array):  # noqa: D102
         values, offsets = self.storage.load(row, self.layout.dtype)
@@ -124,7 +125,8 @@ class SparseSpace:
     def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
         return value
 
-    def each_gram(self, function):  # noqa: D102
+    def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
+        del in_turn
         return function
 
     def mover(self, new: "SparseSpace") -> SparseMover:  # noqa: D102

@@ -18,6 +18,7 @@ def collectives(program: Any) -> list[tuple[str, int]]:
         Collectives inside a loop count once.
     """
     text = program if isinstance(program, str) else program.as_text()
+    text = re.sub(r"/\*.*?\*/", "", text)  # numbers in tuples of more than five
     found = []
     for shapes, kind in _COLLECTIVE.findall(text):
         arrays = re.findall(r"\w+\[([\d,]*)\]", shapes)

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from efcp_jax.devices.placement import Placement, axes_of, run
+from efcp_jax.devices.placement import Placement, axes_of
+from efcp_jax.devices.spread import run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,17 @@ def asked() -> bool:
 
 
 def start(
-    init: Callable[[Any], Any], space: Any, placement: Placement | None, specs: Any
+    init: Callable[[Any], Any],
+    space: Any,
+    placement: Placement | None,
+    specs: Any,
+    params: Any,
 ) -> Any:
-    """Return the state `init(space)`, made on each device for itself."""
+    """Return the state `init(space)` of `params`, made on each device for itself."""
     if asked():
         arrays = global_arrays(jax.eval_shape(lambda: init(space)), specs, placement)
         return Description(space, placement, arrays, tuple(_spec_leaves(specs)))
-    return run(lambda: init(space), placement, (), specs)
+    return run(lambda: init(space), placement, (), specs, beside=params)
 
 
 def global_arrays(local: Any, specs: Any, placement: Placement | None) -> Any:

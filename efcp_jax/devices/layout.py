@@ -35,11 +35,14 @@ class Leaf(NamedTuple):
         shape: Shape of the device's shard of the leaf.
         dtype: Dtype in which its update is returned.
         partition: The mesh axes that split each array axis.
+        whole: Shape of the whole leaf, smaller than its shards together if they are
+            padded.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     partition: tuple[tuple[str, ...], ...]
+    whole: tuple[int, ...]
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -57,16 +60,25 @@ class Leaf(NamedTuple):
         return self.row_axes + self.col_axes
 
     @property
+    def parts(self) -> int:
+        """How many real numbers an entry is."""
+        return 2 if jnp.issubdtype(self.dtype, jnp.complexfloating) else 1
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape of the real matrix that stands for the shard."""
-        parts = 2 if jnp.issubdtype(self.dtype, jnp.complexfloating) else 1
         columns = self.shape[-1] if self.shape else 1
-        return math.prod(self.shape[:-1]), parts * columns
+        return math.prod(self.shape[:-1]), self.parts * columns
 
     @property
     def size(self) -> int:
         """Count of real numbers in the shard."""
         return math.prod(self.matrix_shape)
+
+    @property
+    def whole_size(self) -> int:
+        """Count of real numbers in the whole leaf."""
+        return self.parts * math.prod(self.whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,9 @@ class Layout:
             device.
         split: Mesh axes that split no leaf. The working vectors are divided among them
             and the update is gathered from them.
+        chosen: Whether the step has chosen the division itself. Then no array whose
+            entries are in another order than on one device may have the same shape as
+            there, since the shapes of a state tell which of both has made it.
     """
 
     treedef: Any  # a PyTreeDef
@@ -88,6 +103,7 @@ class Layout:
     dtype: np.dtype
     mesh: tuple[tuple[str, int], ...] = ()
     split: tuple[str, ...] = ()
+    chosen: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""Where the leaves of a tree live, and running a step on every device at once.
+"""Where the leaves of a tree live.
 
 Under Explicit mesh axes the shardings are part of the arrays' types. Under Auto axes a
-traced function cannot see them, so they are given, in JAX's own types.
+traced function cannot see them: they are given, in JAX's own types, or the step chooses
+a division of its own.
 """
 
-from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from efcp_jax.devices import auto
 from efcp_jax.devices.boxes import is_variable
 from efcp_jax.devices.layout import Layout, Leaf
 
@@ -24,23 +25,29 @@ class Placement(NamedTuple):
     Attributes:
         mesh: The mesh, concrete or abstract.
         specs: One `PartitionSpec` a leaf, in order.
+        shapes: Shapes that the leaves are padded to, where their placement is not known
+            and the step has chosen a division of its own; else None.
     """
 
     mesh: Any
     specs: tuple[PartitionSpec, ...]
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
 
-def find(tree: chex.ArrayTree, sharding: Any = None) -> Placement | None:
+def find(
+    tree: chex.ArrayTree, sharding: Any = None, *others: chex.ArrayTree
+) -> Placement | None:
     """Return how `tree` is placed, or None for a step on one device.
 
     Args:
         tree: Parameters, or anything with their structure and types.
         sharding: A `NamedSharding` or, under an ambient mesh, a `PartitionSpec` for
             every leaf, as a tree prefix; None to read the types of the leaves.
+        *others: What may name the mesh where `tree` does not.
 
     Returns:
-        The placement; None where `sharding` is None and no leaf lives on a mesh with
-        Explicit axes.
+        The placement; under Auto axes and with `sharding` None a division that the step
+        chooses. None where no leaf lives on a mesh.
 
     Raises:
         TypeError: `sharding` holds something else.
@@ -50,12 +57,12 @@ def find(tree: chex.ArrayTree, sharding: Any = None) -> Placement | None:
     if not leaves:
         return None
     if sharding is None:
-        found = [_explicit_sharding(leaf) for leaf in leaves]
+        found = [explicit_sharding(leaf) for leaf in leaves]
     else:
         found = _broadcast(sharding, tree)
     meshes = [each.mesh for each in found if isinstance(each, NamedSharding)]
     if not meshes and sharding is None:
-        return None
+        return _chosen(tree, others)
     mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError(
@@ -73,6 +80,22 @@ def find(tree: chex.ArrayTree, sharding: Any = None) -> Placement | None:
         for s in found
     )
     return Placement(mesh, tuple(specs))
+
+
+def _chosen(tree: chex.ArrayTree, others: Any) -> Placement | None:
+    """Return the division that the step chooses on the mesh that the types name."""
+    mesh = auto.mesh_of(jax.tree.leaves((tree, others)))
+    if mesh is None:
+        return None
+    avals = [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+    specs, shapes = zip(*auto.divide(avals, dict(mesh.shape)), strict=True)
+    return Placement(mesh, specs, shapes)
+
+
+def everywhere(tree: chex.ArrayTree, mesh: Any) -> Placement:
+    """Return the placement of the whole of `tree` on every device of `mesh`."""
+    shapes = tuple(map(jnp.shape, jax.tree.leaves(tree)))
+    return Placement(mesh, (PartitionSpec(),) * len(shapes), shapes)
 
 
 def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
@@ -114,7 +137,7 @@ def _name(path: Any) -> str:
     return f"params{jax.tree_util.keystr(path)}"
 
 
-def _explicit_sharding(leaf: Any) -> NamedSharding | None:
+def explicit_sharding(leaf: Any) -> NamedSharding | None:
     """Return the sharding in the type of `leaf`, with a concrete mesh if it has one."""
     is_array = isinstance(leaf, jax.Array)
     sharding = jax.typeof(leaf).sharding if is_array else getattr(leaf, "sharding", 0)
@@ -148,19 +171,27 @@ def layout(
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for _, leaf in paths]
     if placement is None:
-        leaves = (Leaf(shape, kind, ((),) * len(shape)) for shape, kind in avals)
+        leaves = (Leaf(shape, kind, ((),) * len(shape), shape) for shape, kind in avals)
         return Layout(treedef, tuple(leaves), jnp.dtype(dtype))
     sizes = dict(placement.mesh.shape)
+    shapes = placement.shapes or tuple(shape for shape, _ in avals)
     local = tuple(
-        _local(_name(path), *aval, spec, sizes)
-        for (path, _), aval, spec in zip(paths, avals, placement.specs, strict=True)
+        _local(_name(path), Leaf(shape, kind, (), whole), spec, sizes)
+        for (path, _), (whole, kind), shape, spec in zip(
+            paths, avals, shapes, placement.specs, strict=True
+        )
     )
     used = {axis for leaf in local for axis in leaf.axes}
     split = tuple(axis for axis in sizes if axis not in used and sizes[axis] > 1)
-    return Layout(treedef, local, jnp.dtype(dtype), tuple(sizes.items()), split)
+    chosen = placement.shapes is not None
+    mesh = tuple(sizes.items())
+    return Layout(treedef, local, jnp.dtype(dtype), mesh, split, chosen)
 
 
-def _local(name: str, shape, dtype, spec: PartitionSpec, sizes: dict[str, int]) -> Leaf:
+def _local(name: str, leaf: Leaf, spec: PartitionSpec, sizes: dict[str, int]) -> Leaf:
+    """Return a device's part of `leaf`, of the shape that is divided by `spec`."""
+    shape = leaf.shape
+
     def fail(reason: str):
         axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         return ValueError(
@@ -181,11 +212,8 @@ def _local(name: str, shape, dtype, spec: PartitionSpec, sizes: dict[str, int]) 
     for size, way in zip(shape, ways, strict=True):
         if size % way:
             raise fail(f"{size} does not divide into {way} equal parts")
-    return Leaf(
-        shape=tuple(n // w for n, w in zip(shape, ways, strict=True)),
-        dtype=dtype,
-        partition=tuple(names),
-    )
+    local = tuple(n // w for n, w in zip(shape, ways, strict=True))
+    return leaf._replace(shape=local, partition=tuple(names))
 
 
 def axes_of(entry: Any) -> tuple[Any, ...]:
@@ -193,44 +221,3 @@ def axes_of(entry: Any) -> tuple[Any, ...]:
     if entry is None:
         return ()
     return tuple(entry) if isinstance(entry, tuple) else (entry,)
-
-
-def run(
-    function: Callable[..., Any],
-    placement: Placement | None,
-    in_specs: tuple[Any, ...],
-    out_specs: Any,
-    *args: Any,
-) -> Any:
-    """Call `function` on each device's parts of `args`; plainly on one device."""
-    if placement is None:
-        return function(*args)
-    spread = jax.shard_map(
-        function,
-        mesh=placement.mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        # Blocks that several devices hold are computed alike on all of them, which
-        # the check of varying axes cannot see.
-        check_vma=False,
-    )
-    return jax.jit(spread)(*args)
-
-
-def move(tree: chex.ArrayTree, specs: tuple[PartitionSpec, ...]) -> chex.ArrayTree:
-    """Reshard the leaves of `tree` whose types, under Explicit axes, differ."""
-    leaves, treedef = jax.tree.flatten(tree)
-    moved = []
-    for leaf, spec in zip(leaves, specs, strict=True):
-        sharding = _explicit_sharding(leaf)
-        if sharding is not None and sharding.spec != spec:
-            leaf = jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
-        moved.append(leaf)
-    return treedef.unflatten(moved)
-
-
-def move_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
-    """Reshard the leaves of `tree` to the types of `like`, under Explicit axes."""
-    shardings = [_explicit_sharding(leaf) for leaf in jax.tree.leaves(like)]
-    specs = tuple(PartitionSpec() if each is None else each.spec for each in shardings)
-    return move(tree, specs) if any(s is not None for s in shardings) else tree

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import itertools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax.devices.layout import Layout, Leaf
@@ -26,13 +25,17 @@ def of_blocks(blocks: Any) -> np.ndarray:
         Places in the leaves laid end to end, int64, shape `(global blocks, size)`.
     """
     layout: Layout = blocks.layout
-    sizes = [leaf.size * layout.ways(leaf.axes) for leaf in layout.leaves]
+    sizes = [leaf.whole_size for leaf in layout.leaves]
     starts = np.cumsum([0, *sizes])
     parts = []
     for at in _devices(layout, layout.axes):
         pieces = []
         for indices, count in blocks.groups:
-            held = [starts[i] + _entries(layout.leaves[i], layout, at) for i in indices]
+            entries = [_entries(layout.leaves[i], layout, at) for i in indices]
+            held = [
+                np.where(places < 0, -1, starts[i] + places)
+                for i, places in zip(indices, entries, strict=True)
+            ]
             used = sum(piece.size for piece in held)
             padding = np.full(count * blocks.size - used, -1, np.int64)
             pieces += [*(piece.reshape(-1) for piece in held), padding]
@@ -69,7 +72,7 @@ def of_matrix(matrix: Any, leaf: Leaf, layout: Layout) -> tuple[np.ndarray, np.n
         missing = matrix.rows * ways - numbers.size
         rows.append(_own(np.pad(numbers, (0, missing), constant_values=-1), layout, at))
     columns = [
-        _real(_part(leaf, layout, at, slice(-1, None)), leaf, layout)
+        _real(_part(leaf, layout, at, slice(-1, None)), leaf)
         for at in _devices(layout, matrix.col_axes)
     ]
     return np.concatenate(rows), np.concatenate(columns)
@@ -119,27 +122,33 @@ def _own(array: np.ndarray, layout: Layout, at: dict[str, int]) -> np.ndarray:
 
 def _part(leaf: Leaf, layout: Layout, at: dict[str, int], which: slice) -> np.ndarray:
     """Return the numbers of the entries of a shard, over the axes `which`."""
-    axes = leaf.partition[which]
-    local = leaf.shape[which]
-    whole = [n * layout.ways(a) for n, a in zip(local, axes, strict=True)]
-    numbers = np.arange(int(np.prod(whole)), dtype=np.int64).reshape(whole)
-    for dimension, (size, names) in enumerate(zip(local, axes, strict=True)):
-        start = size * _number(layout, names, at)
-        numbers = numbers.take(range(start, start + size), axis=dimension)
-    return numbers
+    numbers, held = np.zeros((), np.int64), np.ones((), bool)
+    for size, count, names in zip(
+        leaf.shape[which], _whole(leaf)[which], leaf.partition[which], strict=True
+    ):
+        places = size * _number(layout, names, at) + np.arange(size)
+        numbers = numbers[..., None] * count + places
+        held = held[..., None] & (places < count)
+    return np.where(held, numbers, -1)
 
 
-def _real(columns: np.ndarray, leaf: Leaf, layout: Layout) -> np.ndarray:
+def _whole(leaf: Leaf) -> tuple[int, ...]:
+    """Return the shape of the whole leaf, of as many axes as that of its shards."""
+    return leaf.whole if leaf.whole or not leaf.shape else (1,)
+
+
+def _real(columns: np.ndarray, leaf: Leaf) -> np.ndarray:
     """Return the columns of the real matrix that stand for `columns` of the leaf."""
-    if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return columns.reshape(-1)
-    count = leaf.shape[-1] * layout.ways(leaf.col_axes) if leaf.shape else 1
-    return np.concatenate([columns.reshape(-1), count + columns.reshape(-1)])
+    columns = columns.reshape(-1)
+    if leaf.parts == 1:
+        return columns
+    count = _whole(leaf)[-1] if leaf.shape else 1
+    return np.concatenate([columns, np.where(columns < 0, -1, count + columns)])
 
 
 def _entries(leaf: Leaf, layout: Layout, at: dict[str, int]) -> np.ndarray:
     """Return the positions of a shard's real matrix in the whole real matrix."""
-    rows = _part(leaf, layout, at, slice(0, -1)).reshape(-1)
-    columns = _real(_part(leaf, layout, at, slice(-1, None)), leaf, layout)
-    width = columns.size * layout.ways(leaf.col_axes)
-    return rows[:, None] * width + columns
+    rows = _part(leaf, layout, at, slice(0, -1)).reshape(-1, 1)
+    columns = _real(_part(leaf, layout, at, slice(-1, None)), leaf)
+    width = leaf.parts * (_whole(leaf)[-1] if leaf.shape else 1)
+    return np.where((rows < 0) | (columns < 0), -1, rows * width + columns)

@@ -50,14 +50,9 @@ def _check(state: Any, source: Description, target: Description) -> None:
                 f"`state` was not made for `source`: it has an array of shape"
                 f" {np.shape(received)} where `source` makes {made.shape}."
             )
-    whole = lambda layout: [
-        tuple(
-            n * layout.ways(axes)
-            for n, axes in zip(leaf.shape, leaf.partition, strict=True)
-        )
-        for leaf in layout.leaves
+    shapes = [
+        [leaf.whole for leaf in each.space.layout.leaves] for each in (source, target)
     ]
-    shapes = [whole(each.space.layout) for each in (source, target)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"`source` and `target` have parameters of different shapes: {shapes[0]}"

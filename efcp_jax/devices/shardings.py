@@ -44,13 +44,13 @@ def param_shardings(params: chex.ArrayTree, sharding: Any, described: Any) -> An
         named = [each.mesh for each in held if is_named(each)]
         for each in jax.tree.leaves(described):
             # A transformation of all parameters knows, even where arrays do not.
-            if isinstance(each, Description) and each.placement is not None:
+            placed = each.placement if isinstance(each, Description) else None
+            if placed is not None and placed.shapes is None:
                 layout = each.space.layout
                 if layout.treedef == inside:
-                    mesh = concrete_mesh([each.placement.mesh, *named])
+                    mesh = concrete_mesh([placed.mesh, *named])
                     return treedef.unflatten(
-                        jax.sharding.NamedSharding(mesh, spec)
-                        for spec in each.placement.specs
+                        jax.sharding.NamedSharding(mesh, spec) for spec in placed.specs
                     )
         if not named:
             return treedef.unflatten(held)

@@ -20,7 +20,6 @@ def by_platform(name: str, *arrays: Any, **static: Any) -> Any:
         *arrays,
         cpu=form(cpu),
         cuda=form(gpu),
-        rocm=form(gpu),
         tpu=form(tpu),
         default=form(reference),
     )

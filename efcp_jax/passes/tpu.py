@@ -64,6 +64,8 @@ def combine(
     if not _fits(weights, values.shape[2]):
         return reference.combine(window, weights, size=size, runs=runs)
     leaves = reference.cut(tpu_add.add(values, offsets, weights, size), runs)
+    if len(leaves) == 1:  # can be cut by what is done with it next
+        return leaves
     # Else XLA would give the whole vector the shape of each kind of leaf in turn.
     return lax.optimization_barrier(leaves)
 

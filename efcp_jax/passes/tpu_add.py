@@ -50,9 +50,7 @@ def add(
     kept = entries // len(weights)
     held = min(entries, _HELD)
     width = values.dtype.itemsize + offsets.dtype.itemsize
-    turned = []
-    if onto is not None:
-        turned.append(layout.held(layout.turn(onto, size), interpret))
+    turned = [] if onto is None else [layout.turn(onto, size)]
     group = layout.group(tiles, width * held + 4 * size * (1 + len(turned)))
     row = pl.BlockSpec((group, held, LANES), lambda i, j: (i, j, 0))
     each = pl.BlockSpec((held, LANES), lambda i, j: (j, 0))
@@ -60,7 +58,7 @@ def add(
     shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
     out = jax.ShapeDtypeStruct(shape, jnp.float32)
     weights = jnp.broadcast_to(jnp.repeat(weights, kept)[:, None], (entries, LANES))
-    total = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_add_kernel, size, kept, entries),
         grid=(pl.cdiv(tiles, group), pl.cdiv(entries, held)),
         in_specs=[row, row, each, *[vector] * len(turned)],
@@ -70,11 +68,9 @@ def add(
         cost_estimate=layout.cost(3 * values.size * size),
         compiler_params=_ADDING,
         interpret=interpret,
-    )(
-        *(layout.held(x, interpret) for x in (layout.readable(values), offsets)),
-        weights,
-        *turned,
     )
+    operands = layout.readable(values), offsets, weights, *turned
+    total = layout.launch(call, [0, 1, 3], interpret, *operands)
     return layout.turn(total, size)
 
 

@@ -51,7 +51,7 @@ def inner(
     window = pl.BlockSpec((group, held, LANES), lambda j, i: (i, j, 0))
     row = pl.BlockSpec((group, kept, LANES), lambda j, i: (i, 0, 0))
     out = jax.ShapeDtypeStruct((entries, LANES), jnp.float32)
-    sums = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_kernel, tiles),
         grid=(pl.cdiv(entries, held), pl.cdiv(tiles, group)),
         in_specs=[window, window, row, row],
@@ -60,12 +60,10 @@ def inner(
         cost_estimate=layout.cost(2 * (kept + 1) * values.size),
         compiler_params=_ADDING,
         interpret=interpret,
-    )(
-        layout.held(layout.readable(values), interpret),
-        layout.held(offsets, interpret),
-        row_values,
-        row_offsets.astype(jnp.int32),
     )
+    row_offsets = row_offsets.astype(jnp.int32)
+    operands = layout.readable(values), offsets, row_values, row_offsets
+    sums = layout.launch(call, [0, 1], interpret, *operands)
     return jnp.sum(sums, axis=1)
 
 

@@ -40,7 +40,7 @@ def select(
     tiles = total.shape[0] // LANES
     group = layout.group(tiles, 4 * size + 8 * kept)
     values, offsets = _rows(tiles, kept)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(tiles, group),),
         in_specs=[layout.vector_spec(group, size)],
@@ -49,7 +49,8 @@ def select(
         cost_estimate=layout.cost(_ROUND * kept * total.size),
         compiler_params=_PARALLEL,
         interpret=interpret,
-    )(layout.held(layout.turn(total, size), interpret))
+    )
+    return layout.launch(call, [0], interpret, layout.turn(total, size))
 
 
 def feed(
@@ -104,7 +105,7 @@ def feed(
     vector = layout.vector_spec(group, size)
     scalar = pl.BlockSpec((1, 1), lambda i: (0, 0), memory_space=pltpu.SMEM)
     turned = layout.turn(error, size)
-    values, offsets, rest = pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(tiles, group),),
         in_specs=[scalar, vector, vector],
@@ -114,10 +115,10 @@ def feed(
         cost_estimate=layout.cost(_ROUND * kept * error.size),
         compiler_params=_PARALLEL,
         interpret=interpret,
-    )(
-        accept.astype(jnp.int32).reshape(1, 1),
-        layout.held(turned, interpret),
-        layout.turn(gradient, size),
+    )
+    accept = accept.astype(jnp.int32).reshape(1, 1)
+    values, offsets, rest = layout.launch(
+        call, [1], interpret, accept, turned, layout.turn(gradient, size)
     )
     return values, offsets, layout.turn(rest, size)
 

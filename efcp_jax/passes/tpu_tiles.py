@@ -6,6 +6,7 @@ on whole registers. Vectors come as XLA stores them: if the entries of a block f
 lanes, they lie there and are transposed in fast memory; else blocks are there already.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,14 +38,43 @@ def cost(operations: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=operations, transcendentals=0, bytes_accessed=0)
 
 
-def held(array: jax.Array, interpret: bool = False) -> jax.Array:
-    """Return `array`, kept in main memory.
+def launch(
+    kernel: Callable[..., Any], main: Sequence[int], interpret: bool, *operands: Any
+) -> Any:
+    """Return what a kernel makes of `operands`, some of them kept in main memory.
 
     XLA moves what fits into fast memory there, whole; a kernel moves what it needs.
+
+    Args:
+        kernel: A function that `pallas_call` has returned.
+        main: The numbers of the operands that are kept in main memory.
+        interpret: Whether the kernel runs on a CPU, where there is one memory.
+        *operands: Arrays.
     """
     if interpret:
-        return array
-    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+        return kernel(*operands)
+
+    @jax.custom_batching.custom_vmap
+    def call(*operands: jax.Array) -> Any:
+        each = enumerate(operands)
+        return kernel(*(_held(x) if i in main else x for i, x in each))
+
+    @call.def_vmap
+    def _(size: int, batched: list[bool], *operands: jax.Array):
+        """Batch the kernel by itself: there is no rule for where memory is."""
+        del size
+        axes = [0 if each else None for each in batched]
+        out = jax.vmap(kernel, in_axes=axes)(*operands)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*operands)
+
+
+def _held(array: jax.Array) -> jax.Array:
+    held = pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    # Older versions of JAX give it a type that nothing but kernels knows.
+    known = type(jax.typeof(held)) is type(jax.typeof(array))
+    return held if known else array
 
 
 def turn(vector: jax.Array, size: int) -> jax.Array:

@@ -31,7 +31,8 @@ def error_feedback(
             error as it is and emits zeros. False lets such entries through.
         sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for
             every leaf, as a tree prefix. None takes it from the arrays' types under
-            Explicit mesh axes, and computes on one device otherwise.
+            Explicit mesh axes; under Auto axes it spreads the step over the mesh in a
+            way of its own, see `efcp_jax.sharding`.
 
     Returns:
         A gradient transformation with an `ErrorFeedbackState`.

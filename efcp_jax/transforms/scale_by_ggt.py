@@ -53,7 +53,8 @@ def scale_by_ggt(
             a zero update, an unchanged error and window, and `skipped` counted up.
         sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for
             every leaf, as a tree prefix. None takes it from the arrays' types under
-            Explicit mesh axes, and computes on one device otherwise.
+            Explicit mesh axes; under Auto axes it spreads the step over the mesh in a
+            way of its own, see `efcp_jax.sharding`.
 
     Returns:
         A gradient transformation with a `ScaleByGgtState`. Its updates point up the

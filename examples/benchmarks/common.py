@@ -50,16 +50,18 @@ def filled(state):
     window_size = len(state.gram)
     shape = jax.tree.leaves(state.window.rows)[0].shape
     block_size = state.error.shape[1]
-    step = block_size // shape[2]
+    kept = shape[1] // window_size
+    step = block_size // kept
     shift = jax.random.randint(jax.random.key(1), shape, 0, step)
-    offsets = step * jnp.arange(shape[2]) + shift
+    first = step * (jnp.arange(shape[1]) % kept)
+    offsets = first.reshape(-1, *[1] * (len(shape) - 2)) + shift
     values = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     window = state.window._replace(
         rows=Storage.of(values.dtype, block_size).store(values, offsets),
         scale=jnp.ones_like(state.window.scale),
         filled=jnp.int32(window_size),
     )
-    gram = shape[2] * len(state.error) * jnp.eye(window_size)
+    gram = kept * len(state.error) * jnp.eye(window_size)
     return state._replace(window=window, gram=gram)
 
 

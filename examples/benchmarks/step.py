@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import optax
 
 import efcp_jax
+from efcp_jax import passes
 from efcp_jax.devices import placement
 from efcp_jax.preconditioners import mfac_coefficients, system as systems
 
@@ -31,12 +32,17 @@ def compressor(density, block_size):
     return efcp_jax.top_k(density, block_size=block_size, value_dtype=jnp.bfloat16)
 
 
+def finite(space, gradient):
+    pieces = lambda: space.layout.pieces(gradient)
+    return passes.finite(pieces, lambda: [space.pack(gradient)])
+
+
 def stages(tx, space, params, gradient, window_size):
     """Return a call for every stage of the sparse step, each compiled by itself."""
     rows = common.filled(tx.init(params)).window.rows
     # A vector for each stage that overwrites its own.
     vectors = [jax.jit(space.pack)(gradient) for _ in range(3)]
-    row, _ = jax.jit(lambda v: space.compress(v, None))(vectors[0])
+    row, *_ = jax.jit(lambda v: space.compress(v, None, True))(vectors[0])
     weights, gram = jnp.ones(window_size), jnp.eye(window_size)
 
     def overwriting(function, index, *given):
@@ -48,9 +54,9 @@ def stages(tx, space, params, gradient, window_size):
 
         return call
 
-    accumulate = lambda v, g: space.accumulate(g, v, space.layout.finite(g))
+    accumulate = lambda v, g: space.accumulate(g, v, finite(space, g))
     residual = lambda v, r: space.residual(v, r, jnp.float32(1))
-    select = jax.jit(lambda v: space.compress(v, None)[0])
+    select = jax.jit(lambda v: space.compress(v, None, True)[0])
     inner, update = jax.jit(space.inner), jax.jit(space.update)
     kept = jax.tree.map(jnp.copy, systems.empty(window_size, jnp.float32))
     solve = jax.jit(
@@ -169,7 +175,7 @@ def draw(results):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="d,m,density,rank")
-    parser.add_argument("--block-size", type=int, default=4096)
+    parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", default="out")
     args = parser.parse_args(argv)

@@ -165,11 +165,11 @@ def test_something_else_than_a_sharding_is_refused():
         tx.init(params_on(mesh_of(AxisType.Auto)))
 
 
-def test_divided_parameters_that_the_step_cannot_see_are_refused():
+def test_a_state_is_spread_where_nothing_says_how_parameters_are_divided():
     params = params_on(mesh_of(AxisType.Auto))
-    with pytest.raises(ValueError, match="Pass `sharding`"):
-        state_shardings(efcp_jax.mfac(0.1), params)
-    state_shardings(optax.adam(0.1), params)  # does not concern Adam
+    found = state_shardings(efcp_jax.mfac(0.1, momentum=0.5), params)
+    assert found[0].window.rows.spec == P(("x", "y"))
+    assert found[1].trace["a"]["w"].spec == SPECS["a"]["w"]
 
 
 # Runs that save on some devices and go on with others: blocks of the same entries, or
@@ -269,7 +269,9 @@ def test_rows_move_between_ways_to_store_entries():
     words = np.asarray(state.window.rows)
     assert words.dtype == np.uint32
     moved = reshard_state(state, (tx, many), (tx, one)).window.rows
-    values, offsets = map(np.asarray, moved)
+    words, values, offsets = (
+        np.reshape(each, (len(each), 3, -1)) for each in (words, *moved)
+    )
     assert offsets.dtype == np.int32
     before, after = (np.zeros((3, size), np.float32) for _ in range(2))
     for block, slot, entry in np.ndindex(words.shape):
@@ -284,7 +286,7 @@ def test_rows_move_between_ways_to_store_entries():
 
 def test_equal_shapes_restore_directly_onto_other_devices(tmp_path):
     tx = cases.ALIASES["sparse_mfac"]()
-    params = {n: jnp.zeros((32, 8)) for n in "uv"}  # 128 blocks
+    params = {n: jnp.zeros((256, 8)) for n in "uv"}  # 1024 blocks, a tile a device
     on = lambda count: jax.device_put(
         params, NamedSharding(mesh_of(shape=(count,), names=("x",)), P())
     )

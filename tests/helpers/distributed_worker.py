@@ -20,10 +20,12 @@ import optax
 import orbax.checkpoint as ocp
 
 import efcp_jax
+from efcp_jax.devices import auto
 
 
-SHAPES = {"b": (8,), "w": (24, 8)}
+SHAPES = {"b": (12,), "w": (24, 12)}
 # A sparse window beside replicated parameters, and a low-rank one beside sharded ones.
+# Then both ways without being told, where the step divides small trees and large ones.
 CASES = {
     "sparse": (
         {"b": P(), "w": P()},
@@ -35,7 +37,17 @@ CASES = {
         {"b": P(), "w": P("x")},
         lambda sharding: efcp_jax.low_rank_ggt(0.05, 4, 2, sharding=sharding),
     ),
+    "data_parallel": (
+        {"b": P(), "w": P()},
+        lambda _: efcp_jax.sparse_mfac(0.05, 4, 0.25, momentum=0.5, block_size=8),
+    ),
+    "divided": (
+        {"b": P(), "w": P(None, "x")},
+        lambda _: efcp_jax.mfac(0.05, 4, momentum=0.5),
+    ),
 }
+# Trees of up to so many entries are brought to every device.
+UNTOLD = {"data_parallel": 2**20, "divided": 0}
 
 
 def loss(params, inputs, targets):
@@ -44,6 +56,7 @@ def loss(params, inputs, targets):
 
 def setting(case, mesh):
     """Return the optimizer, and parameters without data, on `mesh`."""
+    auto.GATHERED = UNTOLD.get(case, 0)
     specs, make = CASES[case]
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = {
@@ -75,8 +88,11 @@ def train(case, mesh, first, last, directory):
             for name, shape in SHAPES.items()
         }
         params = distribute(params, shardings)
-        places = efcp_jax.sharding.state_shardings(tx, model)
-        state = jax.jit(tx.init, out_shardings=places)(params)
+        if case in UNTOLD:
+            state = tx.init(params)
+        else:
+            places = efcp_jax.sharding.state_shardings(tx, model)
+            state = jax.jit(tx.init, out_shardings=places)(params)
     else:
         saved = json.loads((directory / f"devices_{first}").read_text())
         old = setting(case, AbstractMesh((saved,), ("x",), (AxisType.Auto,)))
@@ -100,7 +116,7 @@ def train(case, mesh, first, last, directory):
     data = NamedSharding(mesh, P("x"))
     for number in range(first, last):
         generator = np.random.default_rng([1, number])
-        batch = (generator.normal(size=(24, 24)), generator.normal(size=(24, 8)))
+        batch = (generator.normal(size=(24, 24)), generator.normal(size=(24, 12)))
         batch = [each.astype(np.float32) for each in batch]
         params, state = step(params, state, *distribute(batch, [data, data]))
     target = directory / f"{case}_{last}"

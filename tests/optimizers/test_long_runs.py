@@ -28,13 +28,14 @@ def stored_rows(name: str, state) -> np.ndarray:
     rows = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.window.rows)
     if name == "dense":
         return rows[0]
+    space = COMPRESSORS[name].bind(layout(cases.params(), jnp.float32, None))
     if name == "sparse":
-        blocks, size, kept = rows.values.shape
+        values, offsets = (space.passes.by_block(entries) for entries in rows)
+        blocks, size, kept = values.shape
         dense = np.zeros((size, blocks, 16))
         for b, i, k in np.ndindex(blocks, size, kept):
-            dense[i, b, int(rows.offsets[b, i, k])] += rows.values[b, i, k]
+            dense[i, b, int(offsets[b, i, k])] += values[b, i, k]
         return dense.reshape(size, -1)
-    space = COMPRESSORS[name].bind(layout(cases.params(), jnp.float32, None))
     parts = []
     for left, right in zip(*(cases.by_leaf(space, side) for side in rows), strict=True):
         left = np.ones((M, 1)) if left is None else left

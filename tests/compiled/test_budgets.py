@@ -1,0 +1,97 @@
+"""What the compilers for a TPU v5e and an H100 may make of a step; neither is here.
+
+Sizes and counts, never seconds: how long compiling takes goes with the number of
+instructions, which is compared with AdamW's.
+"""
+
+import json
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import compiling
+import pytest
+
+
+FLAT = {"percent": 45, "instructions": 3000}
+H100 = {"atomics": 0}
+
+# Most gigabytes moved, percent of the state that is temporary, kernels and so on.
+BUDGETS = {
+    "tpu": {
+        "sparse-1/128-m256-flat": FLAT | {"gigabytes": 0.8},
+        "sparse-2/128-m64-flat": FLAT | {"gigabytes": 0.8},
+        "sparse-1/128-m1024-flat": {"gigabytes": 1.6, "percent": 25},
+        "sparse-ggt-1/128-m64-flat": FLAT | {"gigabytes": 0.8},
+        "sparse-1/128-m64-transformer": {"gigabytes": 1.6},
+        "sparse_mfac-flat": FLAT | {"gigabytes": 0.8},
+        "low-rank-4-m64-equal": {"kernels": 400},
+        "low-rank-4-m64-transformer": {"kernels": 1000},
+        "dense-m16-flat": {"gigabytes": 2.3},
+    },
+    "cuda": {
+        "sparse-1/128-m256-flat": FLAT | H100 | {"kernels": 80},
+        "sparse-2/128-m64-flat": FLAT | H100 | {"kernels": 80},
+        "sparse-1/128-m1024-flat": H100 | {"percent": 45},
+        "sparse-ggt-1/128-m64-flat": FLAT | H100,
+        "sparse-1/128-m64-transformer": H100 | {"percent": 80, "kernels": 750},
+        "sparse_mfac-flat": FLAT | H100 | {"percent": 60},
+        "low-rank-4-m64-equal": H100 | {"kernels": 300},
+        "low-rank-4-m64-transformer": H100 | {"kernels": 800},
+        "dense-m16-transformer": H100 | {"percent": 15},
+    },
+}
+DECOMPOSITIONS = re.compile(r"eigh?|syev|svd|gesvd|geqrf|householder", re.IGNORECASE)
+
+platforms = pytest.mark.parametrize(
+    "platform",
+    [
+        pytest.param("tpu", marks=pytest.mark.compile_tpu),
+        pytest.param("cuda", marks=pytest.mark.compile_cuda),
+    ],
+)
+cases = pytest.mark.parametrize(
+    ("platform", "case"),
+    [
+        pytest.param(platform, case, marks=getattr(pytest.mark, f"compile_{platform}"))
+        for platform, budgets in BUDGETS.items()
+        for case in budgets
+    ],
+)
+
+
+@cases
+def test_step_is_within_its_budget(platform, case, record_property):
+    result = compiling.measure(platform, case)
+    for name, value in result.items():
+        record_property(name, value)
+    assert compiling.over(result, BUDGETS[platform][case]) == {}
+    if "ggt" not in case:
+        assert result["sorts"] == 0
+        calls = result["custom_calls"]
+        assert [call for call in calls if DECOMPOSITIONS.search(call)] == []
+    if case.endswith("transformer"):
+        adamw = compiling.measure(platform, "adamw-transformer")
+        for size in ("lowered_lines", "instructions"):
+            assert result[size] < adamw[size]
+
+
+@platforms
+def test_passes_over_windows_of_every_shape_compile(platform):
+    if package := compiling.missing(platform):
+        pytest.skip(f"`{package}` is not installed")
+    worker = Path(compiling.__file__).with_name("shapes_worker.py")
+    run = subprocess.run(
+        [sys.executable, str(worker), platform],
+        env=compiling.environment(),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    result = json.loads(run.stdout)
+    assert result["errors"] == {}
+    assert len(result["done"]) > 80
+    if platform == "tpu":  # a step over four devices exchanges one number a row
+        assert result["collectives"] == [{"all-reduce": 16}]

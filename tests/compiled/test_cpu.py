@@ -1,0 +1,14 @@
+"""The program of a model of hundreds of leaves, for the CPU that is here."""
+
+import compiling
+import pytest
+
+
+@pytest.mark.parametrize("name", ["sparse-1/128-m64", "low-rank-4-m64"])
+def test_program_is_no_larger_than_that_of_adamw(name):
+    result = compiling.measure("cpu", f"{name}-transformer")
+    adamw = compiling.measure("cpu", "adamw-transformer")
+    assert result["lowered_lines"] < adamw["lowered_lines"]
+    assert result["instructions"] < adamw["instructions"]
+    assert result["temporary_bytes"] < 0.5 * result["state_bytes"]
+    assert result["sorts"] == 0

@@ -1,0 +1,75 @@
+"""Steps compiled for devices that are not here, each in a process of its own.
+
+Devices are described before JAX starts, and no option that spares these tests time
+reaches the compiler: what is looked at is what users get.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import pytest
+
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
+PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+
+
+def missing(platform: str) -> str | None:
+    """Return the package that is missing to compile for `platform`, if one is."""
+    package = PACKAGES[platform]
+    return None if importlib.util.find_spec(package) else package
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that compiles as users do."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+@functools.cache
+def measure(platform: str, case: str) -> dict[str, Any]:
+    """Return what `compiled.py` measures of a case, or skip without the compiler."""
+    if package := missing(platform):
+        pytest.skip(f"`{package}` is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(
+            [
+                *[sys.executable, "compiled.py", "--platforms", platform],
+                *["--cases", case, "--output", folder],
+            ],
+            cwd=SCRIPTS,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+        (result,) = json.loads((Path(folder) / "compiled.json").read_text())
+    return result
+
+
+def over(result: dict[str, Any], budget: dict[str, float]) -> dict[str, Any]:
+    """Return what of a result is above its budget.
+
+    Args:
+        result: What `measure` returns.
+        budget: The most of each: gigabytes moved, percent of the state that is
+            temporary, or a field of the result.
+
+    Returns:
+        Found and allowed, of what is above.
+    """
+    moved = result["moved_bytes"]
+    found = result | {
+        "gigabytes": None if moved is None else moved / 1e9,
+        "percent": 100 * result["temporary_bytes"] / result["state_bytes"],
+    }
+    return {
+        name: (found[name], most) for name, most in budget.items() if found[name] > most
+    }

@@ -1,0 +1,131 @@
+"""Compiles passes over windows of many shapes for a device that is not here.
+
+Run as `python shapes_worker.py tpu|cuda`; prints JSON: what was compiled, and the
+errors of what was not.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+import sys
+
+
+os.environ |= {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+}
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import programs
+
+import efcp_jax
+from efcp_jax.passes import gpu, tpu
+from efcp_jax.passes.entries import SparseRow
+
+
+# Tiles, blocks a tile, entries a block, entries kept, rows.
+SHAPES = [
+    (3, 128, 128, 1, 256),
+    (2, 128, 128, 3, 350),
+    (17, 128, 256, 4, 9),
+    (3, 128, 100, 5, 7),
+    (2, 128, 200, 9, 11),
+    (2, 128, 64, 2, 1024),
+    (5, 128, 1, 1, 8),
+    (2, 128, 8, 8, 5),
+    (1, 128, 256, 256, 3),
+    (1, 27, 128, 2, 9),
+    (1, 1, 7, 3, 4),
+]
+
+
+def passes(module, shape, dtype):
+    """Yield name, function and arguments of the passes over one shape."""
+    tiles, lanes, size, kept, rows = shape
+    struct = jax.ShapeDtypeStruct
+    entries = lambda n, kind: struct((tiles, n, lanes), kind)
+    vector = struct((tiles * lanes, size), jnp.float32)
+    window = SparseRow(entries(rows * kept, dtype), entries(rows * kept, jnp.uint8))
+    row = SparseRow(entries(kept, jnp.float32), entries(kept, jnp.uint8))
+    weights = struct((rows,), jnp.float32)
+    chosen = {"kept": kept, "lanes": lanes}
+    yield "select", functools.partial(module.select, **chosen), (vector,)
+    residual = lambda v, row: module.residual(v, row.values, row.offsets)
+    yield "residual", residual, (vector, row)
+    yield "inner", functools.partial(module.inner, size=size), (window, row)
+    # The last leaf ends inside of a block.
+    total = max(1, tiles * lanes * size - 3)
+    combine = functools.partial(module.combine, size=size, runs=((total,),))
+    yield "combine", combine, (window, weights)
+    if module is tpu and tpu.feeds(vector, jnp.dtype(dtype), lanes):
+        feed = functools.partial(tpu.feed, kept=kept, dtype=dtype)
+        yield "feed", feed, (vector, vector, struct((), jnp.bool_))
+
+
+def batched(function, arguments):
+    """Return `function` over a batch of two, and its arguments."""
+    add = lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype)
+    return jax.vmap(function), jax.tree.map(add, arguments)
+
+
+def sharded_step(platform):
+    """Return a step over four devices, which only the TPU's description has."""
+    devices = programs.described(platform)
+    mesh = Mesh(np.array(devices[:4]), ("x",), axis_types=(AxisType.Explicit,))
+    sparse = efcp_jax.top_k(2 / 128, block_size=128, value_dtype=jnp.bfloat16)
+    tx = efcp_jax.scale_by_mfac(16, compressor=sparse)
+    place = NamedSharding(mesh, PartitionSpec("x"))
+    params = jax.ShapeDtypeStruct((1024, 300), jnp.float32, sharding=place)
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            efcp_jax.sharding.abstract_state(tx, params),
+            efcp_jax.sharding.state_shardings(tx, params),
+        )
+        step = jax.jit(tx.update, donate_argnums=1)
+        compiled = step.lower(params, state, params).compile()
+    return dict(efcp_jax.sharding.collectives(compiled))
+
+
+def main(platform):
+    place, done, errors = programs.sharding(platform), [], {}
+    module = tpu if platform == "tpu" else gpu
+
+    def attempt(name, make):
+        try:
+            make()
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
+        else:
+            done.append(name)
+
+    def compiling(function, arguments):
+        at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        jax.jit(function).lower(*jax.tree.map(at, arguments)).compile()
+
+    for i, shape in enumerate(SHAPES):
+        for dtype in ("bfloat16", "float16", "float32"):
+            for name, function, arguments in passes(module, shape, dtype):
+                if name not in ("inner", "combine", "feed") and dtype != "float32":
+                    continue  # no value is stored
+                label = f"{name} {shape} {dtype}"
+                attempt(label, functools.partial(compiling, function, arguments))
+                if i in (1, 3) and dtype == "bfloat16":
+                    many = functools.partial(compiling, *batched(function, arguments))
+                    attempt(f"vmap {label}", many)
+    collectives = []
+    if platform == "tpu":
+        step = lambda: collectives.append(sharded_step(platform))
+        attempt("sharded step", step)
+    print(json.dumps({"done": done, "errors": errors, "collectives": collectives}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

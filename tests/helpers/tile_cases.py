@@ -1,0 +1,143 @@
+"""Vectors and windows of small blocks, and what passes over them must return."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efcp_jax.passes import gpu_add, tpu, tpu_add, tpu_inner, tpu_select
+from efcp_jax.passes.entries import SparseRow
+
+
+class Case(NamedTuple):
+    """Sizes of a window.
+
+    Attributes:
+        tiles: Number of tiles.
+        lanes: Blocks of a tile.
+        size: Entries a block.
+        kept: Entries kept of each block.
+        rows: Rows of the window.
+    """
+
+    tiles: int
+    lanes: int
+    size: int
+    kept: int
+    rows: int
+
+
+# Kernels, and the modules whose attributes they are looked up in.
+_KERNELS = [
+    (tpu_select, "select"),
+    (tpu, "feed"),
+    (tpu_add, "add"),
+    (tpu_inner, "inner"),
+    (gpu_add, "add"),
+]
+
+
+def interpret_kernels(monkeypatch):
+    """Run the kernels for TPUs and GPUs on the CPU; return the names of those used."""
+    used = set()
+    for module, name in _KERNELS:
+        kernel = functools.partial(getattr(module, name), interpret=True)
+
+        def call(*args, _kernel=kernel, _label=f"{module.__name__}.{name}", **given):
+            used.add(_label.removeprefix("efcp_jax.passes."))
+            return _kernel(*args, **given)
+
+        monkeypatch.setattr(module, name, call)
+    return used
+
+
+def blocks_of(entries):
+    """Return entries `(tiles, n, lanes)` as `(blocks, n)`."""
+    entries = np.asarray(entries)
+    return entries.transpose(0, 2, 1).reshape(-1, entries.shape[1])
+
+
+def tiles_of(blocks, lanes):
+    """Return entries `(blocks, n)` as `(tiles, n, lanes)`."""
+    return blocks.reshape(-1, lanes, blocks.shape[1]).transpose(0, 2, 1)
+
+
+def vector(case, seed=0):
+    """Return blocks `(blocks, size)`, some with ties, some all zeros."""
+    rng = np.random.default_rng(seed)
+    total = rng.normal(size=(case.tiles * case.lanes, case.size)).astype(np.float32)
+    total[::3] = np.round(total[::3])
+    total[1::7] = 0
+    return total
+
+
+def with_extremes(total):
+    """Return `total` with infinities, largest numbers and NaNs among its entries."""
+    total, size = total.copy(), total.shape[1]
+    total[:, 3 % size] = np.inf
+    total[:, size // 2] = -np.finfo(np.float32).max
+    total[::2, size - 1] = np.nan
+    return total
+
+
+def largest(total, kept):
+    """Return offsets, ascending: NaN comes first, and of equal magnitudes the first."""
+    number = np.where(np.isnan(total), 0, np.abs(total))
+    order = np.lexsort((-number, ~np.isnan(total)), axis=1)
+    return np.sort(order[:, :kept], axis=1)
+
+
+def window(case, dtype, seed=0):
+    """Return a window as it is stored, and as a dense float64 `(m, blocks, size)`."""
+    tiles, lanes, size, kept, rows = case
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(tiles, rows * kept, lanes)) * 2.0 ** rng.integers(-12, 4)
+    # Rows that are not there yet: all entries are zeros at place 0.
+    values[:, : (rows // 3) * kept] = 0
+    order = rng.permuted(
+        np.broadcast_to(np.arange(size), (tiles, rows, lanes, size)), axis=3
+    )
+    offsets = np.sort(order[..., :kept], axis=3).transpose(0, 1, 3, 2)
+    offsets = offsets.reshape(values.shape)
+    offsets[:, : (rows // 3) * kept] = 0
+    stored = SparseRow(jnp.asarray(values, dtype), jnp.asarray(offsets, jnp.uint8))
+    return stored, dense(stored, case)
+
+
+def newest(case, dtype, seed=1):
+    """Return a row with values in float32, and as dense float64 `(blocks, size)`."""
+    stored, matrix = window(case._replace(rows=1), dtype, seed)
+    row = SparseRow(stored.values.astype(jnp.float32), stored.offsets.astype(jnp.int32))
+    return row, matrix[0]
+
+
+def dense(stored, case):
+    """Return the rows of a window, `(m, blocks, size)`, float64."""
+    values = blocks_of(stored.values).astype(np.float64)
+    offsets = blocks_of(stored.offsets).astype(int)
+    out = np.zeros((case.rows, len(values), case.size))
+    block, entry = np.indices(values.shape)
+    np.add.at(out, (entry // case.kept, block, offsets), values)
+    return out
+
+
+def assert_sums(got, matrix, weights, axes=1):
+    """Assert that `got` are sums over `matrix` times `weights`, next to its entries."""
+    wanted = np.tensordot(matrix, weights, axes)
+    scale = np.tensordot(np.abs(matrix), np.abs(weights), axes)
+    assert got.shape == wanted.shape
+    assert got.dtype == jnp.float32
+    error = np.abs(np.asarray(got, np.float64) - wanted)
+    np.testing.assert_array_less(error, 1e-5 * scale + 1e-30)
+
+
+def assert_members(function, *stacked):
+    """Assert that `vmap` returns what the members return, bit by bit."""
+    many = jax.jit(jax.vmap(function))(*stacked)
+    one = jax.jit(function)
+    count = len(jax.tree.leaves(stacked)[0])
+    each = [one(*jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count)]
+    single = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    jax.tree.map(np.testing.assert_array_equal, many, single)

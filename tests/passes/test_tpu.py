@@ -1,0 +1,160 @@
+"""The kernels for TPUs against NumPy in float64; on the CPU they are interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tile_cases
+from tile_cases import Case
+
+from efcp_jax.passes import tpu_add, tpu_inner, tpu_select
+
+
+# Programs with tiles to spare, rows that fill no step, several parts of a window, all
+# entries kept, and blocks that are no multiple of a register.
+CASES = [
+    Case(1, 128, 128, 1, 1),
+    Case(2, 128, 128, 2, 16),
+    Case(17, 128, 128, 1, 33),
+    Case(3, 128, 256, 4, 9),
+    Case(2, 128, 256, 1, 70),
+    Case(1, 128, 128, 3, 350),
+    Case(1, 128, 128, 41, 3),
+    Case(3, 128, 64, 2, 24),
+    Case(2, 128, 100, 5, 7),
+    Case(2, 128, 200, 9, 11),
+    Case(4, 128, 1, 1, 8),
+    Case(2, 128, 8, 8, 5),
+]
+BATCHED = [CASES[1], CASES[8]]
+DTYPES = ["bfloat16", "float16", "float32"]
+LARGEST = np.finfo(np.float32).max
+
+
+@functools.cache
+def compiled(function, **static):
+    return jax.jit(functools.partial(function, interpret=True, **static))
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("extremes", [False, True])
+def test_the_largest_entries_are_selected(case, extremes):
+    total = tile_cases.vector(case)
+    if extremes:
+        total = tile_cases.with_extremes(total)
+    select = compiled(tpu_select.select, kept=case.kept)
+    values, offsets = map(tile_cases.blocks_of, select(jnp.asarray(total)))
+    wanted = tile_cases.largest(total, case.kept)
+    np.testing.assert_array_equal(offsets, wanted)
+    np.testing.assert_array_equal(values, np.take_along_axis(total, wanted, 1))
+
+
+def fed(error, gradient, kept, dtype):
+    """Return what a pass in one must return, in NumPy."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = error.astype(np.float32) + gradient
+        total = np.clip(total, -LARGEST, LARGEST)
+        offsets = tile_cases.largest(total, kept)
+        taken = np.take_along_axis(total, offsets, 1)
+        limit = min(float(jnp.finfo(dtype).max), LARGEST)
+        taken = np.clip(taken, -limit, limit).astype(dtype).astype(np.float32)
+        rest = total.copy()
+        before = np.take_along_axis(total, offsets, 1)
+        np.put_along_axis(rest, offsets, before - taken, 1)
+        limit = min(float(jnp.finfo(error.dtype).max), LARGEST)
+        return taken, offsets, np.clip(rest, -limit, limit).astype(error.dtype)
+
+
+@pytest.mark.parametrize(
+    ("error_dtype", "dtype"),
+    [("float32", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
+    error = np.asarray(tile_cases.vector(case, 1)).astype(jnp.dtype(error_dtype))
+    gradient = tile_cases.vector(case, 2)
+    # What overflows becomes the largest number.
+    gradient[::5, 0] = LARGEST
+    error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
+    feed = compiled(tpu_select.feed, kept=case.kept, dtype=dtype)
+    values, offsets, rest = feed(error, jnp.asarray(gradient), jnp.asarray(True))
+    wanted, places, left = fed(error, gradient, case.kept, jnp.dtype(dtype))
+    np.testing.assert_array_equal(tile_cases.blocks_of(offsets), places)
+    np.testing.assert_array_equal(tile_cases.blocks_of(values), wanted)
+    assert rest.dtype == error_dtype
+    np.testing.assert_array_equal(rest, left)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_feed_leaves_the_error_alone_if_told_so(dtype):
+    case = CASES[3]
+    error = jnp.asarray(tile_cases.vector(case, 1), dtype)
+    gradient = jnp.full(error.shape, jnp.nan)
+    feed = compiled(tpu_select.feed, kept=case.kept, dtype="bfloat16")
+    _, _, rest = feed(error, gradient, jnp.asarray(False))
+    np.testing.assert_array_equal(rest, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_entries_are_those_of_dense_rows(case, dtype):
+    stored, matrix = tile_cases.window(case, dtype)
+    row, vector = tile_cases.newest(case, dtype)
+    sums = compiled(tpu_inner.inner)(*stored, *row)
+    assert sums.shape == (case.rows * case.kept,)
+    got = jnp.sum(sums.reshape(case.rows, -1), axis=1)
+    tile_cases.assert_sums(got, matrix, vector, axes=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_rows_are_those_of_dense_rows(case, dtype):
+    stored, matrix = tile_cases.window(case, dtype)
+    weights = np.random.default_rng(3).normal(size=case.rows).astype(np.float32)
+    add = compiled(tpu_add.add, size=case.size)
+    got = add(*stored, jnp.asarray(weights))
+    tile_cases.assert_sums(got, np.moveaxis(matrix, 0, 2), weights)
+
+
+def test_rows_are_added_onto_a_vector(case):
+    row, matrix = tile_cases.newest(case, "bfloat16")
+    onto = tile_cases.vector(case)
+    add = compiled(tpu_add.add, size=case.size)
+    got = add(*row, -jnp.ones(1), onto=jnp.asarray(onto))
+    np.testing.assert_array_equal(got, (onto - matrix.astype(np.float32)))
+
+
+def test_every_number_of_half_precision_is_read_as_it_is():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 1, 128)
+    offsets = jnp.zeros(every.shape, jnp.uint8)
+    got = compiled(tpu_add.add, size=128)(jnp.asarray(every), offsets, jnp.ones(1))
+    numbers = every.astype(np.float32)
+    np.testing.assert_array_equal(got[:, 0].reshape(every.shape), numbers)
+
+
+def stacked(make):
+    return jax.tree.map(lambda *each: jnp.stack(each), *map(make, range(3)))
+
+
+@pytest.mark.parametrize("case", BATCHED, ids=str)
+def test_members_of_a_batch_are_as_if_alone(case):
+    vectors = stacked(lambda seed: jnp.asarray(tile_cases.vector(case, seed)))
+    windows = stacked(lambda seed: tile_cases.window(case, "bfloat16", seed)[0])
+    rows = stacked(lambda seed: tile_cases.newest(case, "float32", seed)[0])
+    weights = jax.random.normal(jax.random.key(0), (3, case.rows))
+    select = functools.partial(tpu_select.select, kept=case.kept, interpret=True)
+    tile_cases.assert_members(select, vectors)
+    feed = functools.partial(
+        tpu_select.feed, kept=case.kept, dtype="bfloat16", interpret=True
+    )
+    accept = jnp.asarray([True, False, True])
+    tile_cases.assert_members(feed, vectors, vectors[::-1], accept)
+    inner = functools.partial(tpu_inner.inner, interpret=True)
+    tile_cases.assert_members(inner, *windows, *rows)
+    add = functools.partial(tpu_add.add, size=case.size, interpret=True)
+    tile_cases.assert_members(add, *windows, weights)
+    onto = lambda *args: add(*args[:-1], onto=args[-1])
+    tile_cases.assert_members(onto, *rows, weights[:, :1], vectors)
