@@ -81,7 +81,7 @@ custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[4,128]{1,
   %whole = s32[8]{0} scatter(%a, %b, %c), to_apply=%add
   ROOT %sorted = f32[8]{0} sort(%many), dimensions={0}, to_apply=%add
 }
-""".replace("\\\n", "")
+"""
 
 
 def test_a_compiled_program_is_read_as_it_is_written(load):
