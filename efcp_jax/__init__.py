@@ -25,9 +25,11 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     optimizers                          chains that end in the learning rate
     transforms                          what users chain
     step                                compress, insert, inner, solve, combine
+    intake                              the gradient's way in: metric, error, row
     protocol  states                    a step as an Optax transformation; what it keeps
     feedback  window                    error + gradient -> row; the last m rows
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
+    metrics                             what gradients are measured in
     compressors                         what a row is, one representation a file
     passes                              work over a window, one file a platform
     devices                             which device holds what
@@ -39,6 +41,10 @@ from efcp_jax.compressors import (
     identity as identity,
     low_rank as low_rank,
     top_k as top_k,
+)
+from efcp_jax.metrics import (
+    diagonal_metric as diagonal_metric,
+    fixed_metric as fixed_metric,
 )
 from efcp_jax.optimizers import (
     ggt as ggt,
@@ -57,6 +63,7 @@ from efcp_jax.states import (
 )
 from efcp_jax.transforms import (
     error_feedback as error_feedback,
+    in_metric as in_metric,
     scale_by_ggt as scale_by_ggt,
     scale_by_mfac as scale_by_mfac,
 )

@@ -129,3 +129,14 @@ def number(
     if not (math.isfinite(concrete) and above and below):
         raise ValueError(f"`{name}` must be in {interval}, got {concrete}. {remedy}")
     return value
+
+
+def number_now(name: str, value: Any, **interval: Any) -> float:
+    """Return `value` as a float, or raise; no schedule, and nothing traced."""
+    _reject_tracer(name, value)
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a number, got {value!r}, a schedule."
+            f" {interval['remedy']}"
+        )
+    return float(number(name, value, **interval))

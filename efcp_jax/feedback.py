@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from efcp_jax import passes
 from efcp_jax.compressors import Space
@@ -23,14 +22,27 @@ class Compressed(NamedTuple):
         scale: The power of two $s$, a scalar; 0 for a zero gradient.
         error: $e_{t+1}$, or None without error feedback.
         basis: The basis of the next step, or None.
-        finite: Whether all entries of $g_t$ on this device are finite.
     """
 
     row: chex.ArrayTree
     scale: jax.Array
     error: chex.ArrayTree | None
     basis: chex.ArrayTree | None
-    finite: jax.Array
+
+
+def finite(space: Space, tree: chex.ArrayTree, *, packed: bool = True) -> jax.Array:
+    """Return whether all entries of $g_t$ on this device are finite.
+
+    Args:
+        space: The representation.
+        tree: $g_t$.
+        packed: Whether $g_t$ itself is what is compressed, so that accelerators have it
+            in working form anyway.
+    """
+    whole = lambda: space.pack(tree) if packed else space.layout.wide(tree)
+    return passes.finite(
+        functools.partial(space.layout.pieces, tree), lambda: jax.tree.leaves(whole())
+    )
 
 
 def compress(
@@ -40,7 +52,7 @@ def compress(
     basis: chex.ArrayTree | None,
     *,
     scaled: bool,
-    guarded: bool = False,
+    accept: jax.Array,
 ) -> Compressed:
     """Compress the gradient plus `error` and return the row and the error that remains.
 
@@ -54,22 +66,17 @@ def compress(
             that magnitude on all devices, so it is left out where they would have to
             ask each other. There, norms above 1e19 overflow the Gram matrix, which
             skips the step, and norms below 1e-19 vanish in it.
-        guarded: Whether a gradient with an entry that is not finite leaves the error
-            as it is. Knowing that before the error is touched, it is overwritten where
-            it lies; choosing between the new and the old one needs both.
+        accept: Whether to add the gradient; else the error stays as it is. Knowing that
+            before the error is touched, it is overwritten where it lies; choosing
+            between the new and the old one needs both.
 
     Returns:
         The compressed gradient and everything the next step needs.
     """
-    finite = passes.finite(
-        functools.partial(space.layout.pieces, tree),
-        lambda: jax.tree.leaves(space.pack(tree)),
-    )
-    accept = finite if guarded else jnp.asarray(True)
     if error is None:
         # Of a gradient that is not accepted nothing is kept, whatever it is.
         total = space.pack(tree)
         row, scale, basis = space.compress(total, basis, scaled)
     else:
         row, scale, error, basis = space.feed(tree, error, basis, accept, scaled)
-    return Compressed(row, scale, error, basis, finite)
+    return Compressed(row, scale, error, basis)

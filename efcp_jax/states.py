@@ -10,6 +10,7 @@ from typing import NamedTuple
 import chex
 import jax
 
+from efcp_jax.metrics import MetricState
 from efcp_jax.window import Window
 
 
@@ -21,12 +22,14 @@ class ErrorFeedbackState(NamedTuple):
         skipped: Number of updates skipped for entries that were not finite, int32.
         error: What compression has dropped so far, in working form.
         basis: What the compressor carries between steps, or None.
+        metric: The moments of the metric, or None.
     """
 
     count: jax.Array
     skipped: jax.Array
     error: chex.ArrayTree
     basis: chex.ArrayTree | None
+    metric: MetricState | None = None
 
 
 class ScaleByMfacState(NamedTuple):
@@ -43,6 +46,7 @@ class ScaleByMfacState(NamedTuple):
             compressor is block diagonal, `(g, m, m)` for each group of g leaves.
         factor: What is kept of the factorisation of each m x m system for the steps to
             come, or None.
+        metric: The moments of the metric, or None.
     """
 
     count: jax.Array
@@ -52,6 +56,7 @@ class ScaleByMfacState(NamedTuple):
     window: Window
     gram: chex.ArrayTree
     factor: chex.ArrayTree | None
+    metric: MetricState | None = None
 
 
 class ScaleByGgtState(NamedTuple):
@@ -64,3 +69,4 @@ class ScaleByGgtState(NamedTuple):
     window: Window
     gram: chex.ArrayTree
     factor: chex.ArrayTree | None
+    metric: MetricState | None = None

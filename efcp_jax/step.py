@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, feedback, window as windows
+from efcp_jax import _validate, intake, window as windows
 from efcp_jax.compressors import Compressor, Space, identity
+from efcp_jax.metrics import Metric
+from efcp_jax.metrics.base import required
 from efcp_jax.preconditioners import gram as grams
 from efcp_jax.protocol import transformation
 from efcp_jax.states import ErrorFeedbackState
@@ -35,12 +37,16 @@ _Coefficients = Callable[
 def compressed(
     *,
     compressor: Compressor | None,
+    metric: Metric | None,
     error_dtype: jax.typing.DTypeLike | None,
     skip_nonfinite: bool,
     sharding: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that emits $c_t$; arguments as `error_feedback`."""
-    compressor = _compressor(compressor)
+    compressor, metric = (
+        _compressor(compressor),
+        None if metric is None else required(metric),
+    )
     error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
@@ -48,29 +54,46 @@ def compressed(
         vector, _, basis = space.zeros()
         error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
         count = jnp.zeros((), jnp.int32)
-        return ErrorFeedbackState(count, jnp.zeros_like(count), error, basis)
+        return ErrorFeedbackState(
+            count=count,
+            skipped=jnp.zeros_like(count),
+            error=error,
+            basis=basis,
+            metric=metric.init(space.layout) if metric else None,
+        )
 
     def specs(space: Space) -> ErrorFeedbackState:
         vector, _, basis = space.specs()
         one: Any = PartitionSpec()
-        return ErrorFeedbackState(one, one, vector, basis)
+        return ErrorFeedbackState(
+            count=one,
+            skipped=one,
+            error=vector,
+            basis=basis,
+            metric=metric.specs(space.layout) if metric else None,
+        )
 
     def step(space: Space, updates, state: ErrorFeedbackState, values):
         del values
         layout = space.layout
-        new, guarded = _compress(space, updates, state, skip_nonfinite)
-        accept = jnp.asarray(True)
+        new = intake.take(space, updates, state, metric, skip_nonfinite)
+        accept, share = jnp.asarray(True), new.share
         if skip_nonfinite:
-            accept = layout.sum(jnp.where(new.finite, 0, 1)) == 0
+            fault = jnp.where(new.finite, 0, 1).astype(layout.dtype)
+            faults, share = layout.sum((fault, share))
+            accept = faults == 0
+        elif share is not None:
+            share = layout.sum(share)
         update = jax.tree.map(
-            lambda c: jnp.where(accept, c * new.scale, 0), space.expand(new.row)
+            lambda c: jnp.where(accept, c * new.row.scale, 0),
+            space.expand(new.row.row),
         )
-        error: Any = new.error if guarded else _select(accept, new.error, state.error)
-        return space.unpack(update), ErrorFeedbackState(
+        return new.outward(space.unpack(update)), ErrorFeedbackState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             skipped=_count_skipped(state.skipped, accept),
-            error=error,
-            basis=_select(accept, new.basis, state.basis),
+            error=new.error(accept, state.error),
+            basis=intake.select(accept, new.row.basis, state.basis),
+            metric=new.metric(accept, share, state.metric),
         )
 
     return transformation(compressor, init, specs, step, {}, sharding)
@@ -84,13 +107,17 @@ def preconditioned(
     *,
     window_size: int | None,
     compressor: Compressor | None,
+    metric: Metric | None,
     error_feedback: bool,
     error_dtype: jax.typing.DTypeLike | None,
     skip_nonfinite: bool,
     sharding: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation with the coefficients of either preconditioner."""
-    compressor = _compressor(compressor)
+    compressor, metric = (
+        _compressor(compressor),
+        None if metric is None else required(metric),
+    )
     size = WINDOW_SIZE
     if window_size is not None:
         size = _validate.positive_int("window_size", window_size)
@@ -113,6 +140,7 @@ def preconditioned(
             window=windows.empty(space, size, dtype),
             gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
             factor=jax.tree.map(jnp.copy, space.grams(keep(size, dtype))),
+            metric=metric.init(space.layout) if metric else None,
         )
 
     def specs(space: Space):
@@ -127,27 +155,29 @@ def preconditioned(
             window=Window(rows=row, scale=one, slot=one, filled=one),
             gram=space.grams(one),
             factor=space.grams(jax.tree.map(lambda _: one, factor)),
+            metric=metric.specs(space.layout) if metric else None,
         )
 
     def step(space: Space, updates, state, values):
         layout, slot = space.layout, state.window.slot
-        new, guarded = _compress(space, updates, state, skip_nonfinite)
+        new = intake.take(space, updates, state, metric, skip_nonfinite)
         accept, window = jnp.asarray(True), state.window
+        row, scale = new.row.row, new.row.scale
         if not layout.axes:
             # The row is inserted first: all reading behind the writing needs no copy.
             accept = new.finite if skip_nonfinite else accept
-            window = windows.insert(window, new.row, new.scale, accept)
-            products = space.inner(window.rows, new.row)
+            window = windows.insert(window, row, scale, accept)
+            products = space.inner(window.rows, row)
         else:
-            products = windows.inner(space, window, new.row)
+            products = windows.inner(space, window, row)
         # A device that met an entry that is not finite tells the others in the sum.
         products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
-        products = layout.sum(products)
+        products, share = layout.sum((products, new.share))
         if layout.axes:
             if skip_nonfinite:
                 finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
                 accept = functools.reduce(jnp.logical_and, finite, new.finite)
-            window = windows.insert(window, new.row, new.scale, accept)
+            window = windows.insert(window, row, scale, accept)
         replace = lambda old, row: grams.replace(old, row, slot, accept)
         gram = jax.tree.map(space.each_gram(replace), state.gram, products)
         solve = lambda k, kept: coefficients(k, kept, window, slot, values)
@@ -158,33 +188,18 @@ def preconditioned(
         weights = jax.tree.map(
             lambda _, new: jnp.where(accept, new[0], 0), gram, solved
         )
-        error = new.error if guarded else _select(accept, new.error, state.error)
-        return space.update(window.rows, weights), state_type(
+        return new.outward(space.update(window.rows, weights)), state_type(
             count=optax.safe_increment(state.count),
             skipped=_count_skipped(state.skipped, accept),
-            error=error,
-            basis=_select(accept, new.basis, state.basis),
+            error=new.error(accept, state.error),
+            basis=intake.select(accept, new.row.basis, state.basis),
             window=window,
             gram=gram,
             factor=jax.tree.map(lambda _, new: new[1], gram, solved),
+            metric=new.metric(accept, share, state.metric),
         )
 
     return transformation(compressor, init, specs, step, hyperparameters, sharding)
-
-
-def _compress(
-    space: Space, updates: Any, state: Any, skip_nonfinite: bool
-) -> tuple[feedback.Compressed, bool]:
-    """Return the compressed gradient, and whether its error is guarded already.
-
-    On one device it is known before anything is changed whether to skip.
-    """
-    alone = not space.layout.axes
-    guarded = skip_nonfinite and alone
-    new = feedback.compress(
-        space, updates, state.error, state.basis, scaled=alone, guarded=guarded
-    )
-    return new, guarded
 
 
 def _compressor(compressor: Compressor | None) -> Compressor:
@@ -197,10 +212,6 @@ def _compressor(compressor: Compressor | None) -> Compressor:
             " `efcp_jax.low_rank(4)`."
         )
     return compressor
-
-
-def _select(accept: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
 
 def _count_skipped(skipped: jax.Array, accept: jax.Array) -> jax.Array:

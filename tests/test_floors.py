@@ -29,6 +29,9 @@ PUBLIC = {
     "low_rank_ggt",
     "memory_report",
     "diagnostics",
+    "diagonal_metric",
+    "fixed_metric",
+    "in_metric",
 }
 # What the package depends on, and what no part of it has any business with.
 LIBRARIES = {"efcp_jax", "jax", "optax", "chex", "numpy"}

@@ -18,6 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from efcp_jax.devices.routines import joined
 from efcp_jax.numerics import cast
 
 
@@ -121,8 +122,12 @@ class Layout:
         return self.ways(tuple(name for name in self.axes if name not in owned))
 
     def sum(self, value: Any) -> Any:
-        """Sum `value` over all devices; the one collective of a step."""
-        return lax.psum(value, self.axes) if self.axes else value
+        """Sum a tree of one dtype over all devices; the one collective of a step."""
+        leaves, treedef = jax.tree.flatten(value)
+        if not self.axes or not leaves:
+            return value
+        summed = joined(lax.psum, self.axes, dict(enumerate(leaves)))
+        return treedef.unflatten(summed.values())
 
     def own(self, array: jax.Array, axis: int) -> jax.Array:
         """Return this device's part of `array`, divided along `axis` among `split`."""
@@ -163,22 +168,34 @@ class Layout:
         for run in self.runs(_PIECES):
             yield jnp.concatenate([matrices[i].reshape(-1) for i in run])
 
+    def wide(self, tree: chex.ArrayTree) -> list[jax.Array]:
+        """Return the leaves of `tree` in the working dtype, real or complex."""
+        leaves = []
+        for value, leaf in zip(jax.tree.leaves(tree), self.leaves, strict=True):
+            dtype = jnp.result_type(self.dtype, 1j) if leaf.parts == 2 else self.dtype
+            leaves.append(jnp.asarray(value).astype(dtype))
+        return leaves
+
     def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` as real matrices in the working dtype."""
         matrices = []
-        for value, leaf in zip(jax.tree.leaves(tree), self.leaves, strict=True):
-            value = jnp.asarray(value)
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        for value, leaf in zip(self.wide(tree), self.leaves, strict=True):
+            if leaf.parts == 2:
                 value = jnp.atleast_1d(value)
                 value = jnp.concatenate([value.real, value.imag], axis=-1)
-            matrices.append(value.astype(self.dtype).reshape(leaf.matrix_shape))
+            matrices.append(value.reshape(leaf.matrix_shape))
         return matrices
 
     def tree(self, matrices: list[jax.Array]) -> chex.ArrayTree:
-        """Undo `matrices`; the one place where an update is cast to its dtype."""
+        """Undo `matrices`."""
         values = []
         for matrix, leaf in zip(matrices, self.leaves, strict=True):
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            if leaf.parts == 2:
                 matrix = lax.complex(*jnp.split(matrix, 2, axis=1))
-            values.append(cast(matrix.reshape(leaf.shape), leaf.dtype))
+            values.append(matrix.reshape(leaf.shape))
         return self.treedef.unflatten(values)
+
+    def cast(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """Return `tree` in the dtypes of the leaves: where updates are rounded."""
+        leaves = zip(jax.tree.leaves(tree), self.leaves, strict=True)
+        return self.treedef.unflatten(cast(x, leaf.dtype) for x, leaf in leaves)

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from efcp_jax.devices import auto
 from efcp_jax.devices.boxes import is_variable
 from efcp_jax.devices.layout import Layout, Leaf
+from efcp_jax.devices.prefixes import broadcast, leaf_name
 
 
 class Placement(NamedTuple):
@@ -99,42 +100,27 @@ def everywhere(tree: chex.ArrayTree, mesh: Any) -> Placement:
 
 
 def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
-    """Return the entry of the prefix `sharding` for each leaf of `tree`, by its path.
-
-    Going by paths lets a masked or partitioned tree keep the prefix of the whole.
-    """
+    """Return the entry of the prefix `sharding` for each leaf of `tree`."""
     is_leaf = lambda node: (
         isinstance(node, NamedSharding | PartitionSpec) or is_variable(node)
     )
-    given = {}
+    given = []
     for path, each in jax.tree_util.tree_leaves_with_path(sharding, is_leaf=is_leaf):
         each = each.get_value() if is_variable(each) else each
         if not isinstance(each, NamedSharding | PartitionSpec):
             raise TypeError(
                 "`sharding` must be a tree of NamedShardings or PartitionSpecs, got"
-                f" {each!r} at {_name(path)}."
+                f" {each!r} at {leaf_name(path)}."
             )
-        given[_names(path)] = each
-    found = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        names = _names(path)
-        prefixes = [names[:n] for n in range(len(names), -1, -1)]
-        entry = next((given[p] for p in prefixes if p in given), None)
-        if entry is None:
-            raise ValueError(
-                f"`sharding` has no entry for the parameter {_name(path)}. Give it a"
-                " NamedSharding or a PartitionSpec; `PartitionSpec()` replicates it."
-            )
-        found.append(entry)
-    return found
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _name(path: Any) -> str:
-    return f"params{jax.tree_util.keystr(path)}"
+        given.append((path, each))
+    return broadcast(
+        given,
+        tree,
+        lambda name: ValueError(
+            f"`sharding` has no entry for the parameter {name}. Give it a"
+            " NamedSharding or a PartitionSpec; `PartitionSpec()` replicates it."
+        ),
+    )
 
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
@@ -176,7 +162,7 @@ def layout(
     sizes = dict(placement.mesh.shape)
     shapes = placement.shapes or tuple(shape for shape, _ in avals)
     local = tuple(
-        _local(_name(path), Leaf(shape, kind, (), whole), spec, sizes)
+        _local(leaf_name(path), Leaf(shape, kind, (), whole), spec, sizes)
         for (path, _), (whole, kind), shape, spec in zip(
             paths, avals, shapes, placement.specs, strict=True
         )

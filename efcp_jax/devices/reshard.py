@@ -15,7 +15,11 @@ def convert(state: Any, source: Description, target: Description) -> Any:
         ValueError: They differ in more than the layout, or kept entries do not fit.
     """
     _check(state, source, target)
-    return moved(state, source.space.mover(target.space))
+    new = moved(state, source.space.mover(target.space))
+    if new.metric is None:
+        return new
+    fit = lambda array, like: _fitted(np.asarray(array), like.shape)
+    return new._replace(metric=jax.tree.map(fit, new.metric, target.arrays.metric))
 
 
 def moved(state: Any, mover: Any) -> Any:
@@ -33,6 +37,17 @@ def moved(state: Any, mover: Any) -> Any:
         fields["gram"] = mover.grams(state.gram)
         fields["factor"] = mover.grams(state.factor)
     return state._replace(**fields)
+
+
+def _fitted(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return `array` in a shape that holds the same numbers; the rest is padding."""
+    array = array.reshape(array.shape or (shape and (1,) * len(shape)))
+    if array.ndim != len(shape):  # a scalar that was padded
+        return array.reshape(-1)[0]
+    fitted = np.zeros(shape, array.dtype)
+    both = tuple(slice(min(pair)) for pair in zip(array.shape, shape, strict=True))
+    fitted[both] = array[both]
+    return fitted
 
 
 def _check(state: Any, source: Description, target: Description) -> None:

@@ -40,14 +40,16 @@ def together(routines: Iterable[Routine]) -> list[Any]:
             if axes is None:
                 answers |= _batched(reduce, values)
             else:
-                answers |= _joined(reduce, axes, values) if axes else values
+                answers |= joined(reduce, axes, values) if axes else values
     return results
 
 
-def _joined(
+def joined(
     reduce: Any, axes: tuple[str, ...], values: dict[int, jax.Array]
 ) -> dict[int, jax.Array]:
     """Return `reduce(value, axes)` of each of `values`, in one collective."""
+    if len(values) == 1:
+        return {index: reduce(value, axes) for index, value in values.items()}
     flat = jnp.concatenate([value.reshape(-1) for value in values.values()])
     ends = np.cumsum([value.size for value in values.values()])
     pieces = jnp.split(reduce(flat, axes), ends[:-1])

@@ -39,16 +39,17 @@ def _part(saved: Any, path: Any, leaf: Any) -> Any:
         part = _child(part, jax.tree_util.keystr((key,), simple=True), path)
     if not isinstance(leaf, Description):
         return np.asarray(part)
-    if not hasattr(leaf.arrays, "window"):
-        return moved(_named(type(leaf.arrays), part, path), leaf.space.upgrader())
-    state = _named(type(leaf.arrays), part, path)
-    state = state._replace(window=_named(type(leaf.arrays.window), state.window, path))
+    state = _named(leaf.arrays, part, path)
+    if hasattr(leaf.arrays, "window"):
+        state = state._replace(window=_named(leaf.arrays.window, state.window, path))
     return moved(state, leaf.space.upgrader())
 
 
-def _named(kind: Any, part: Any, path: Any) -> Any:
-    """Return the fields of `part` as the named tuple `kind`."""
-    return kind(**{name: _child(part, name, path) for name in kind._fields})
+def _named(like: Any, part: Any, path: Any) -> Any:
+    """Return the fields of `part` as a named tuple like `like`."""
+    new = {"metric"} if getattr(like, "metric", None) is None else set()
+    fields = [name for name in like._fields if name not in new]
+    return type(like)(**{name: _child(part, name, path) for name in fields})
 
 
 def _child(part: Any, name: str, path: Any) -> Any:

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from efcp_jax import compressors
+from efcp_jax.metrics import Metric
 from efcp_jax.optimizers.chain import with_learning_rate
 from efcp_jax.transforms import scale_by_ggt
 
@@ -21,6 +22,8 @@ def ggt(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    nesterov: bool = False,
+    metric: Metric | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
@@ -49,6 +52,10 @@ def ggt(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        nesterov: Whether the first moment looks ahead.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
         error_dtype: Floating dtype of the error; None for the working dtype.
@@ -87,7 +94,9 @@ def ggt(
         eps,
         b1=b1,
         b2=b2,
+        nesterov=nesterov,
         compressor=compressors.identity(value_dtype=value_dtype),
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from efcp_jax import compressors
+from efcp_jax.metrics import Metric
 from efcp_jax.optimizers.chain import with_learning_rate
 from efcp_jax.transforms import scale_by_ggt
 
@@ -22,6 +23,8 @@ def low_rank_ggt(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    nesterov: bool = False,
+    metric: Metric | None = None,
     block_diagonal: bool = False,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -55,6 +58,10 @@ def low_rank_ggt(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        nesterov: Whether the first moment looks ahead.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         block_diagonal: Whether every leaf has a Gram matrix of its own, instead of one
             for the whole gradient.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
@@ -99,11 +106,13 @@ def low_rank_ggt(
         eps,
         b1=b1,
         b2=b2,
+        nesterov=nesterov,
         compressor=compressors.low_rank(
             4 if rank is None else rank,
             block_diagonal=block_diagonal,
             value_dtype=value_dtype,
         ),
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import chex
 import jax
 import optax
 
 from efcp_jax import compressors
+from efcp_jax.metrics import Metric
 from efcp_jax.optimizers.chain import with_learning_rate
 from efcp_jax.transforms import scale_by_mfac
 
@@ -18,6 +20,9 @@ def mfac(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    b1: chex.Numeric = 0.0,
+    nesterov: bool = False,
+    metric: Metric | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
@@ -46,6 +51,11 @@ def mfac(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        b1: Decay of a first moment over the window, in [0, 1).
+        nesterov: Whether that moment looks ahead.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
         error_dtype: Floating dtype of the error; None for the working dtype.
@@ -83,8 +93,11 @@ def mfac(
     scale = scale_by_mfac(
         window_size,
         damping,
+        b1=b1,
+        nesterov=nesterov,
         divisor=divisor,
         compressor=compressors.identity(value_dtype=value_dtype),
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from efcp_jax import compressors
+from efcp_jax.metrics import Metric
 from efcp_jax.optimizers.chain import BLOCK_SIZE, DENSITY, with_learning_rate
 from efcp_jax.transforms import scale_by_ggt
 
@@ -22,6 +23,8 @@ def sparse_ggt(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    nesterov: bool = False,
+    metric: Metric | None = None,
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -55,6 +58,10 @@ def sparse_ggt(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        nesterov: Whether the first moment looks ahead.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         block_size: Entries a block, at least 1; None for 128. Up to 256 every platform
             is fast; at least the number of parameters makes one block of all.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
@@ -99,11 +106,13 @@ def sparse_ggt(
         eps,
         b1=b1,
         b2=b2,
+        nesterov=nesterov,
         compressor=compressors.top_k(
             DENSITY if density is None else density,
             block_size=BLOCK_SIZE if block_size is None else block_size,
             value_dtype=value_dtype,
         ),
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

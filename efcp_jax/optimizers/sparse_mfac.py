@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import chex
 import jax
 import optax
 
 from efcp_jax import compressors
+from efcp_jax.metrics import Metric
 from efcp_jax.optimizers.chain import BLOCK_SIZE, DENSITY, with_learning_rate
 from efcp_jax.transforms import scale_by_mfac
 
@@ -19,6 +21,9 @@ def sparse_mfac(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    b1: chex.Numeric = 0.0,
+    nesterov: bool = False,
+    metric: Metric | None = None,
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -52,6 +57,11 @@ def sparse_mfac(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        b1: Decay of a first moment over the window, in [0, 1).
+        nesterov: Whether that moment looks ahead.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         block_size: Entries a block, at least 1; None for 128. Up to 256 every platform
             is fast; at least the number of parameters makes one block of all.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
@@ -95,12 +105,15 @@ def sparse_mfac(
     scale = scale_by_mfac(
         window_size,
         damping,
+        b1=b1,
+        nesterov=nesterov,
         divisor=divisor,
         compressor=compressors.top_k(
             DENSITY if density is None else density,
             block_size=BLOCK_SIZE if block_size is None else block_size,
             value_dtype=value_dtype,
         ),
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

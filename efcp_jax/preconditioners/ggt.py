@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from efcp_jax.preconditioners import root
+from efcp_jax.preconditioners import gram as grams, root
 
 
 def ggt_coefficients(
@@ -15,13 +15,14 @@ def ggt_coefficients(
     eps: chex.Numeric,
     b1: chex.Numeric,
     b2: chex.Numeric,
+    nesterov: bool = False,
 ) -> jax.Array:
     r"""Return $S D ((D S \hat K S D)^{1/2} + \epsilon I)^{-1} D^{-1} b$.
 
-    $D = \mathrm{diag}(b_2^{age})$ lets old rows fade and
-    $b = (1 - b_1)\, b_1^{age}$ is the first moment of the stored gradients, so that the
-    update is $((\tilde G^T \tilde G)^{1/2} + \epsilon I)^{-1} G^T b$ with
-    $\tilde G = D G$, exactly.
+    $D = \mathrm{diag}(b_2^{age})$ lets old rows fade and $b$ is the first moment of the
+    stored gradients, see `gram.moment`, so that the update is
+    $((\tilde G^T \tilde G)^{1/2} + \epsilon I)^{-1} G^T b$ with $\tilde G = D G$,
+    exactly.
 
     Args:
         gram: $\hat K$, shape `(m, m)`.
@@ -33,6 +34,7 @@ def ggt_coefficients(
             be that large, which is what the Gram matrix resolves.
         b1: Decay of the first moment, in [0, 1), at most `b2`.
         b2: Decay of the rows, in (0, 1].
+        nesterov: Whether the moment looks ahead.
 
     Returns:
         Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`.
@@ -53,7 +55,6 @@ def ggt_coefficients(
     largest = jnp.max(norms)
     inverse = 1 / jnp.where(largest > 0, largest, 1)
     weights = weights * inverse
-    # D^-1 b as one power, which neither under- nor overflows for b1 <= b2.
-    moment = jnp.where(age < filled, (1 - b1) * (b1 / b2) ** age, 0)
+    moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)
     given = weights[:, None] * gram * weights, eps * inverse, moment
     return weights * root.solve(*given)

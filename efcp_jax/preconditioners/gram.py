@@ -1,4 +1,4 @@
-"""The Gram matrix of the window, under replacement of one row, and the age of rows."""
+"""The Gram matrix of the window, under replacement of one row, and moments over it."""
 
 import jax
 import jax.numpy as jnp
@@ -44,3 +44,33 @@ def ages(size: int, slot: jax.Array) -> jax.Array:
         Whole numbers in [0, m), int32, shape `(m,)`.
     """
     return (slot - jnp.arange(size, dtype=jnp.int32)) % size
+
+
+def moment(
+    age: jax.Array,
+    filled: jax.Array,
+    b1: jax.Array,
+    b2: jax.Array | float = 1.0,
+    *,
+    nesterov: bool = False,
+) -> jax.Array:
+    r"""Return what of each row is preconditioned, $b_i / b_2^{age_i}$.
+
+    $b_i = (1 - b_1)\, b_1^{age_i}$, the first moment of the stored gradients; with
+    `nesterov`, $b_1 b_i + (1 - b_1) \delta_{ij}$, the moment that the newest gradient
+    would be part of twice.
+
+    Args:
+        age: Age of every slot, 0 for the newest, shape `(m,)`.
+        filled: Number of slots that hold a row.
+        b1: Decay of the first moment, in [0, 1), at most `b2`.
+        b2: Decay of the rows, in (0, 1]. As one power nothing under- or overflows.
+        nesterov: Whether to look ahead.
+
+    Returns:
+        Numbers in [0, 1], 0 for empty slots, shape `(m,)`, in the dtype of `b1`.
+    """
+    faded = (1 - b1) * (b1 / b2) ** age
+    if nesterov:
+        faded = b1 * faded + jnp.where(age == 0, 1 - b1, 0)
+    return jnp.where(age < filled, faded, 0)

@@ -19,8 +19,9 @@ def mfac_coefficients(
     damping: chex.Numeric,
     divisor: chex.Numeric,
     kept: systems.Kept | None = None,
+    moment: jax.Array | None = None,
 ) -> tuple[jax.Array, systems.Kept | None]:
-    r"""Return $S (\lambda I + S \hat K S / n)^{-1} e_j$.
+    r"""Return $S (\lambda I + S \hat K S / n)^{-1} b$.
 
     The matrix is scaled to unit diagonal, so rows may differ in norm by any factor, and
     factorised by Cholesky. Where a row depends on the others to within rounding, one
@@ -36,6 +37,8 @@ def mfac_coefficients(
         kept: What the step before has left of its factorisation, `systems.empty` in
             front of the first, or None. Between two steps no row may change but that at
             $j$.
+        moment: $b$, what of each row is preconditioned, at least 0, shape `(m,)`. None
+            for $e_j$, the newest gradient.
 
     Returns:
         Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`, and what
@@ -62,8 +65,14 @@ def mfac_coefficients(
     inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
     weights = scale * inverse
     system = systems.System(gram.reshape(-1), weights, divisor)
-    solution, kept = systems.solve(system, inverse, slot, damping, kept)
+    if moment is None:
+        moment = jnp.eye(size, dtype=dtype)[slot]
+    # The largest entry of the right-hand side becomes one.
+    unit = jnp.max(inverse * moment)
+    unit = jnp.where(unit > 0, unit, 1)
+    given = inverse, moment, unit, slot, damping, kept
+    solution, kept = systems.solve(system, *given)
     # Without damping and for norms near the smallest number the solution overflows.
     limit = jnp.finfo(dtype).max / (_HEADROOM * size)
-    inverse = jnp.minimum(inverse, limit)
-    return jnp.clip(weights * solution * inverse[slot], -limit, limit), kept
+    unit = jnp.minimum(unit, limit)
+    return jnp.clip(weights * solution * unit, -limit, limit), kept

@@ -9,9 +9,9 @@ program is one small loop: it compiles in a second on any platform, where SVDs a
 eigendecompositions of more than 256 rows take minutes on TPUs, and it asks no host.
 
 With a basis $B$ of the rows, and $T$ all rows by it, $G = T G_B$, the limit of
-$(\delta I + A)^{-1} e_j$ on the range of $A = G G^T$ is, to within its null space,
+$(\delta I + A)^{-1} b$ on the range of $A = G G^T$ is, to within its null space,
 
-$$w_B = A_{BB}^{-1} (T^T T)^{-1} T^T e_j, \qquad T^T T = I + T_Q^T T_Q,$$
+$$w_B = A_{BB}^{-1} (T^T T)^{-1} T^T b, \qquad T^T T = I + T_Q^T T_Q,$$
 
 and 0 for the other rows $Q$.
 """
@@ -87,14 +87,19 @@ def factorise(
 
 
 def solve(
-    matrix: jax.Array, inverse: jax.Array, slot: jax.Array, noise: jax.typing.ArrayLike
+    matrix: jax.Array,
+    inverse: jax.Array,
+    rhs: jax.Array,
+    unit: jax.Array,
+    noise: jax.typing.ArrayLike,
 ) -> jax.Array:
-    r"""Return $x$ of which $D_j D x$ is the limit of $(\delta I + A)^{-1} e_j$.
+    r"""Return $x$ of which $\mu D x$ is the limit of $(\delta I + A)^{-1} b$.
 
     Args:
         matrix: $D A D$, positive semidefinite with a diagonal of ones, shape `(m, m)`.
         inverse: The diagonal of $D$, shape `(m,)`, of any range.
-        slot: $j$, int32.
+        rhs: $b$, shape `(m,)`.
+        unit: $\mu$, at least the largest entry of $D b$.
         noise: Squared distances of at most this are taken to be 0, a positive scalar.
 
     Returns:
@@ -122,11 +127,11 @@ def solve(
     largest = 1 / jnp.finfo(matrix.dtype).tiny
     scales = jnp.where(taken, inverse[place], 1)
     by_basis = jnp.minimum(scales[:, None] / inverse, largest) * by_basis
-    rhs = by_basis[:, slot] + chosen[:, slot]
+    rhs = dot(by_basis, rhs) + dot(chosen.astype(rhs.dtype), rhs)
     normal = eye + dot_by_rows(by_basis, by_basis.T)
     normal = cholesky.factorise(normal, _WHOLE)
     weights = cholesky.solve(normal, rhs)
-    weights = jnp.minimum(scales / inverse[slot], largest) * weights
+    weights = jnp.minimum(scales / unit, largest) * weights
     # One block is the transpose of its factor.
     weights = cholesky.solve(basis.T, weights)
     return dot(jnp.where(taken, weights, 0), chosen.astype(matrix.dtype))

@@ -102,38 +102,43 @@ def empty(size: int, dtype: jax.typing.DTypeLike) -> Kept | None:
 def solve(
     system: System,
     inverse: jax.Array,
+    rhs: jax.Array,
+    unit: jax.Array,
     slot: jax.Array,
     damping: jax.Array,
     kept: Kept | None,
 ) -> tuple[jax.Array, Kept | None]:
-    r"""Solve $D A D x = e_j$ for `system` $D A D$; always finite.
+    r"""Solve $D A D x = D b / \mu$ for `system` $D A D$; always finite.
 
-    Where $A$ is singular to within rounding, $D_j D x$ is the limit of
-    $(\delta I + A)^{-1} e_j$ on the range of $A$.
+    Where $A$ is singular to within rounding, $\mu D x$ is the limit of
+    $(\delta I + A)^{-1} b$ on the range of $A$.
 
     Args:
         system: A positive semidefinite matrix.
         inverse: The diagonal of $D$, shape `(m,)`.
-        slot: $j$, the only slot overwritten since the last step, int32.
+        rhs: $b$, shape `(m,)`.
+        unit: $\mu$, at least the largest entry of $D b$.
+        slot: The only slot overwritten since the last step, int32.
         damping: What the system depends on besides its rows and the divisor.
         kept: What the last step has left, or None.
 
     Returns:
         $x$ and what the next step should be given.
     """
+    scaled = inverse * rhs / unit
     if kept is None:
-        solution, sound = _afresh(system, slot)
+        solution, sound = _afresh(system, scaled)
     else:
         # An accelerator would have to ask the host whether to factorise.
         solution, sound, kept = lax.platform_dependent(
             kept,
-            cpu=lambda kept: _resumed(system, slot, damping, kept),
+            cpu=lambda kept: _resumed(system, scaled, slot, damping, kept),
             default=lambda kept: (
-                *_afresh(system, slot),
+                *_afresh(system, scaled),
                 kept._replace(run=jnp.int32(-1)),
             ),
         )
-    remedy = lambda: _remedy(system, inverse, slot)
+    remedy = lambda: _remedy(system, inverse, rhs, unit)
     return _unless(sound, solution, remedy), kept
 
 
@@ -148,13 +153,12 @@ def _unless(good: jax.Array, value: Any, make: Callable[[], Any]) -> Any:
     return lax.while_loop(lambda carry: carry[0], body, (bad, value))[1]
 
 
-def _afresh(system: System, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _afresh(system: System, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the solution by a new factorisation, and whether it is sound."""
 
     def by_blocks(block: int) -> tuple[jax.Array, jax.Array]:
         # LAPACK wants columns contiguous. The transpose has that without a copy.
         factor = cholesky.factorise(system.rows(0, system.size).T, block)
-        rhs = jnp.eye(system.size, dtype=system.gram.dtype)[slot]
         return cholesky.solve(factor, rhs), _sound(factor)
 
     # NVIDIA's and AMD's libraries divide matrices themselves, and every call of them is
@@ -166,7 +170,7 @@ def _afresh(system: System, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _resumed(
-    system: System, slot: jax.Array, damping: jax.Array, kept: Kept
+    system: System, rhs: jax.Array, slot: jax.Array, damping: jax.Array, kept: Kept
 ) -> tuple[jax.Array, jax.Array, Kept]:
     """Return the solution with what is kept, whether it is sound, and what to keep."""
     # The last run begins early where runs do not divide the slots.
@@ -195,9 +199,11 @@ def _resumed(
     kept = kept._replace(coupling=kept.coupling.at[slot - run].set(row))
     corner = lax.dynamic_slice_in_dim(system.rows(run, _RUN), run, _RUN, axis=1)
     corner = cholesky.factorise(corner - dot(kept.coupling, kept.coupling.T))
-    last = cholesky.solve(corner, jnp.eye(_RUN, dtype=row.dtype)[slot - run])
-    others = cholesky.backward(kept.factor, dot(last, kept.coupling))
-    solution = lax.dynamic_update_slice_in_dim(-others, last, run, axis=0)
+    others = cholesky.forward(kept.factor, jnp.where(inside, 0, rhs))
+    last = lax.dynamic_slice_in_dim(rhs, run, _RUN) - dot(kept.coupling, others)
+    last = cholesky.solve(corner, last)
+    others = cholesky.backward(kept.factor, others - dot(last, kept.coupling))
+    solution = lax.dynamic_update_slice_in_dim(others, last, run, axis=0)
     return solution, _sound(kept.factor) & _sound(corner), kept
 
 
@@ -208,10 +214,12 @@ def _sound(factor: cholesky.Factor) -> jax.Array:
     return jnp.all(pivots**2 > _NOISE * jnp.finfo(pivots.dtype).eps)  # False for NaN
 
 
-def _remedy(system: System, inverse: jax.Array, slot: jax.Array) -> jax.Array:
+def _remedy(
+    system: System, inverse: jax.Array, rhs: jax.Array, unit: jax.Array
+) -> jax.Array:
     """Return the solution without the directions that rounding made up."""
     matrix = system.rows(0, system.size)
     # The Frobenius norm is at least the largest eigenvalue, and what rounding leaves of
     # dependent rows grows with the number of rows.
     noise = _NOISE * jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
-    return pivoted.solve(matrix, inverse, slot, noise)
+    return pivoted.solve(matrix, inverse, rhs, unit, noise)

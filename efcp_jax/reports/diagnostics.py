@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from efcp_jax.metrics.moments import summary
 from efcp_jax.states import (
     ErrorFeedbackState,
     ScaleByGgtState,
@@ -41,8 +42,12 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         * `effective_rank`: $\exp$ of the entropy of the normalised spectrum, between 1
           and m; 0 for an empty window.
 
-        For a block-diagonal compressor the last two are trees of arrays, `(g, m)` and
-        `(g,)` for each group of g leaves.
+        * `gradient_rms`: root of the mean of the moments of a diagonal metric over all
+          parameters, and `metric_spread`: standard deviation of $D$, in [0, 1). Near 0
+          the metric is flat; near 1 few entries have most of the gradient.
+
+        For a block-diagonal compressor `spectrum` and `effective_rank` are trees of
+        arrays, `(g, m)` and `(g,)` for each group of g leaves.
 
     Raises:
         ValueError: `state` contains none of this package's states, or several.
@@ -75,6 +80,9 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     result: dict[str, Any] = {"count": inner.count, "skipped": inner.skipped}
     if inner.error is not None:
         result["error_norm"] = _norm(inner.error)
+    if inner.metric is not None:
+        mean, spread = summary(inner.metric)
+        result |= {"gradient_rms": mean, "metric_spread": spread}
     if isinstance(inner, ErrorFeedbackState):
         return result
     window, size = inner.window, inner.window.scale.shape[0]

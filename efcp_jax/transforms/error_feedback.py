@@ -6,12 +6,14 @@ import jax
 import optax
 
 from efcp_jax.compressors import Compressor
+from efcp_jax.metrics import Metric
 from efcp_jax.step import compressed
 
 
 def error_feedback(
     compressor: Compressor | None = None,
     *,
+    metric: Metric | None = None,
     error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,
@@ -24,6 +26,9 @@ def error_feedback(
 
     Args:
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         error_dtype: Floating dtype in which the error is kept. None keeps it in the
             working dtype (float32, or float64 for float64 parameters), in which no part
             of a gradient is lost; `jnp.bfloat16` halves it and loses its rounding.
@@ -63,6 +68,7 @@ def error_feedback(
     """
     return compressed(
         compressor=compressor,
+        metric=metric,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,

@@ -9,6 +9,7 @@ import optax
 
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
+from efcp_jax.metrics import Metric
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
 from efcp_jax.states import ScaleByGgtState
 from efcp_jax.step import preconditioned
@@ -21,7 +22,9 @@ def scale_by_ggt(
     *,
     b1: chex.Numeric = 0.0,
     b2: chex.Numeric = 1.0,
+    nesterov: bool = False,
     compressor: Compressor | None = None,
+    metric: Metric | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
@@ -44,7 +47,12 @@ def scale_by_ggt(
         b1: Decay of the first moment, in [0, 1), at most `b2`. It needs no momentum
             buffer: the moment is taken over the window. 0 takes the newest row.
         b2: Decay of the older rows of the window, in (0, 1]. 1 keeps them as they are.
+        nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
+            + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         error_feedback: Whether what the compressor drops is added to the next gradient.
             Switch it off behind `error_feedback(compressor)` in a chain.
         error_dtype: Floating dtype in which the error is kept; None for the working
@@ -94,6 +102,7 @@ def scale_by_ggt(
     b2 = _validate.number(
         "b2", b2, low=0.0, high=1.0, open_low=True, remedy="Pass 1.0 for no decay."
     )
+    nesterov = _validate.boolean("nesterov", nesterov)
     concrete = not any(isinstance(each, Tracer) for each in (b1, b2))
     if concrete and not callable(b1) and not callable(b2) and b1 > b2:
         raise ValueError(
@@ -112,6 +121,7 @@ def scale_by_ggt(
             values["eps"],
             values["b1"],
             values["b2"],
+            nesterov,
         )
         return weights, kept
 
@@ -122,6 +132,7 @@ def scale_by_ggt(
         {"eps": eps, "b1": b1, "b2": b2},
         window_size=window_size,
         compressor=compressor,
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

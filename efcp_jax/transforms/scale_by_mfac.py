@@ -2,12 +2,18 @@
 
 from typing import Any
 
+import chex
 import jax
 import optax
 
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
-from efcp_jax.preconditioners import mfac_coefficients, system as systems
+from efcp_jax.metrics import Metric
+from efcp_jax.preconditioners import (
+    gram as grams,
+    mfac_coefficients,
+    system as systems,
+)
 from efcp_jax.states import ScaleByMfacState
 from efcp_jax.step import preconditioned
 from efcp_jax.window import Window
@@ -17,7 +23,10 @@ def scale_by_mfac(
     window_size: int | None = None,
     damping: optax.ScalarOrSchedule = 1e-2,
     *,
+    b1: chex.Numeric = 0.0,
+    nesterov: bool = False,
     compressor: Compressor | None = None,
+    metric: Metric | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
     divisor: str = "window_size",
@@ -26,8 +35,9 @@ def scale_by_mfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale by the inverse of the damped empirical Fisher matrix of the last rows.
 
-    $u = (\lambda I + G^T G / m)^{-1} c_t$, where the rows of $G$ are the last $m$
-    compressed gradients and $c_t$ is the newest.
+    $u = (\lambda I + G^T G / m)^{-1} \sum_i (1 - b_1) b_1^{age_i} g_i$, where the rows
+    of $G$ are the last $m$ compressed gradients $g_i$. With the defaults,
+    $u = (\lambda I + G^T G / m)^{-1} c_t$ with the newest, $c_t$.
 
     Args:
         window_size: Number of gradients $m$ kept, at least 1; None for 64.
@@ -35,7 +45,14 @@ def scale_by_mfac(
             schedule. Large values give $c_t / \lambda$, a plain gradient. For values
             that go to 0, $\langle u, c_t \rangle$ goes to $m$, so the learning rate
             belongs near $1 / m$.
+        b1: Decay of the first moment, in [0, 1). It needs no momentum buffer: the
+            moment is taken over the window. 0 takes the newest row.
+        nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
+            + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
+        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
+            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
+            multiplied by $D^{-1/2}$. None for the Euclidean metric.
         error_feedback: Whether what the compressor drops is added to the next gradient.
             Switch it off behind `error_feedback(compressor)` in a chain.
         error_dtype: Floating dtype in which the error is kept; None for the working
@@ -91,21 +108,29 @@ def scale_by_mfac(
         open_low=True,
         remedy="Pass a small number such as 1e-5.",
     )
+    b1 = _validate.number(
+        "b1", b1, low=0.0, high=1.0, open_high=True, remedy="Pass 0.0 for no momentum."
+    )
+    nesterov = _validate.boolean("nesterov", nesterov)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
 
     def coefficients(gram, kept, window: Window, slot, values):
         size = window.scale.shape[0]
         rows = window.filled.astype(gram.dtype) if divisor == "filled" else size
-        damping = values["damping"]
-        return mfac_coefficients(gram, window.scale, slot, damping, rows, kept)
+        b1 = values["b1"].astype(gram.dtype)
+        age = grams.ages(size, slot)
+        moment = grams.moment(age, window.filled, b1, nesterov=nesterov)
+        given = gram, window.scale, slot, values["damping"], rows, kept, moment
+        return mfac_coefficients(*given)
 
     return preconditioned(
         ScaleByMfacState,
         coefficients,
         systems.empty,
-        {"damping": damping},
+        {"damping": damping, "b1": b1},
         window_size=window_size,
         compressor=compressor,
+        metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

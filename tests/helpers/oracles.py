@@ -61,25 +61,34 @@ def with_feedback(compress, gradients) -> tuple[list, list]:
     return rows, errors
 
 
-def mfac(rows, damping, divisor) -> np.ndarray:
-    """Solve with the d x d damped Fisher matrix of `rows`."""
+def moment(rows, b1=0.0, nesterov=False) -> np.ndarray:
+    """Return the first moment of `rows`, the newest last."""
+    total = np.zeros(len(rows[-1]))
+    for age, row in enumerate(reversed(rows)):
+        total += (1 - b1) * b1**age * np.asarray(row, np.float64)
+    return b1 * total + (1 - b1) * rows[-1] if nesterov else total
+
+
+def mfac(rows, damping, divisor, b1=0.0, nesterov=False) -> np.ndarray:
+    """Solve with the d x d damped Fisher matrix of `rows` for their first moment."""
     rows = [np.asarray(row, np.float64) for row in rows]
     fisher = np.zeros((len(rows[-1]), len(rows[-1])))
     for row in rows:
         fisher += np.outer(row, row) / divisor
-    return np.linalg.solve(damping * np.eye(len(fisher)) + fisher, rows[-1])
+    rhs = moment(rows, b1, nesterov)
+    return np.linalg.solve(damping * np.eye(len(fisher)) + fisher, rhs)
 
 
-def ggt(rows, eps, b1=0.0, b2=1.0) -> np.ndarray:
+def ggt(rows, eps, b1=0.0, b2=1.0, nesterov=False) -> np.ndarray:
     """Apply ((G^T G)^{1/2} + eps I)^{-1} to the first moment of `rows`."""
     rows = [np.asarray(row, np.float64) for row in rows]
     ages = range(len(rows) - 1, -1, -1)
     faded = np.array([b2**age * row for age, row in zip(ages, rows, strict=True)])
-    moment = sum((1 - b1) * b1**age * row for age, row in zip(ages, rows, strict=True))
     # The moment lies in the span of the rows. The other directions of the full d x d
     # root would only add their rounding, divided by eps.
     _, singular, right = np.linalg.svd(faded, full_matrices=False)
-    return right.T @ ((right @ moment) / (singular + eps))
+    rhs = right @ moment(rows, b1, nesterov)
+    return right.T @ (rhs / (singular + eps))
 
 
 def published_mfac(rows, damping, dtype) -> np.ndarray:

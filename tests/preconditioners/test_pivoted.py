@@ -19,7 +19,8 @@ factorise = jax.jit(pivoted.factorise)
 def remedy(gram, inverse, slot):
     ones = jnp.ones(len(gram), gram.dtype)
     system = systems.System(gram.reshape(-1), ones, jnp.ones((), gram.dtype))
-    return systems._remedy(system, inverse, slot)
+    newest = jnp.eye(len(gram), dtype=gram.dtype)[slot]
+    return systems._remedy(system, inverse, newest, inverse[slot])
 
 
 def problem(size, rank, spread, seed=0):

@@ -1,0 +1,40 @@
+"""Trees that say something of every leaf of another tree, or of whole branches."""
+
+from typing import Any
+
+import chex
+import jax
+
+
+def broadcast(given: list[tuple[Any, Any]], tree: chex.ArrayTree, fail: Any) -> list:
+    """Return what is given for each leaf of `tree`, by its path.
+
+    Going by paths lets a masked or partitioned tree keep the prefix of the whole.
+
+    Args:
+        given: The paths and the values of a prefix of a tree that contains `tree`.
+        tree: Any tree.
+        fail: From the name of a leaf for which nothing is given to an exception.
+
+    Returns:
+        One value for each leaf, in order.
+    """
+    known = {_names(path): value for path, value in given}
+    found = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        names = _names(path)
+        prefixes = [names[:n] for n in range(len(names), -1, -1)]
+        key = next((each for each in prefixes if each in known), None)
+        if key is None:
+            raise fail(leaf_name(path))
+        found.append(known[key])
+    return found
+
+
+def leaf_name(path: Any) -> str:
+    """Return how messages name the parameter at `path`."""
+    return f"params{jax.tree_util.keystr(path)}"
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,0 +1,80 @@
+"""The way into a step and out of it: metric, error feedback and compression.
+
+Whether a gradient is skipped is known on one device before anything is changed, and on
+several behind their sum; what hangs on that is here.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from efcp_jax import feedback
+from efcp_jax.compressors import Space
+from efcp_jax.devices.layout import Layout
+from efcp_jax.metrics import Measured, Metric, MetricState
+
+
+class Taken(NamedTuple):
+    """What a step makes of a gradient, before all devices know whether to skip it.
+
+    Attributes:
+        row: The compressed gradient.
+        finite: Whether all entries of the gradient on this device are finite.
+        measured: The metric, or None.
+        guarded: Whether it was known whether to skip, and nothing is left to choose.
+    """
+
+    row: feedback.Compressed
+    finite: jax.Array
+    layout: Layout
+    measured: Measured | None
+    guarded: bool
+
+    @property
+    def share(self) -> jax.Array | None:
+        """This device's share of the mean of the moments."""
+        return None if self.measured is None else self.measured.share
+
+    def error(self, accept: jax.Array, old: Any) -> Any:
+        """Return the next error."""
+        return self.row.error if self.guarded else select(accept, self.row.error, old)
+
+    def metric(self, accept: jax.Array, mean: jax.Array | None, old: Any) -> Any:
+        """Return the next state of the metric, from the mean of its moments."""
+        if self.measured is None or mean is None:
+            return old
+        new = MetricState(mean, self.measured.moments)
+        return new if self.guarded else select(accept, new, old)
+
+    def outward(self, tree: Any) -> Any:
+        """Return an update as the user gets it: in his metric and his dtypes."""
+        if self.measured is not None:
+            tree = self.measured.outward(tree)
+        return self.layout.cast(tree)
+
+
+def take(
+    space: Space, updates: Any, state: Any, metric: Metric | None, skip_nonfinite: bool
+) -> Taken:
+    """Return the compressed gradient, in the metric if there is one.
+
+    On one device it is known before anything is changed whether to skip.
+    """
+    alone, measured = not space.layout.axes, None
+    guarded = skip_nonfinite and alone
+    finite = feedback.finite(space, updates, packed=metric is None)
+    accept = finite if guarded else jnp.asarray(True)
+    if metric is not None:
+        seen = state.count - state.skipped
+        measured = metric.measure(space.layout, updates, state.metric, seen, accept)
+        updates = measured.inward(updates)
+    row = feedback.compress(
+        space, updates, state.error, state.basis, scaled=alone, accept=accept
+    )
+    return Taken(row, finite, space.layout, measured, guarded)
+
+
+def select(accept: jax.Array, new: Any, old: Any) -> Any:
+    """Return the arrays of `new` if `accept`, else those of `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)

@@ -1,0 +1,167 @@
+"""The metric of Adam and RMSprop: roots of running second moments of the gradient."""
+
+import dataclasses
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from efcp_jax import _validate
+from efcp_jax.devices.layout import Layout
+from efcp_jax.devices.routines import together
+from efcp_jax.metrics import moments
+from efcp_jax.metrics.base import Measured, Root
+from efcp_jax.metrics.moments import MetricState, Observed
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagonalMetric:
+    """Configuration of a diagonal metric; made by `diagonal_metric`.
+
+    Attributes:
+        decay: Decay of the moments.
+        floor: What is added to the diagonal, whose mean is about one.
+        factored: Whether the moments of matrices are kept as row and column means.
+        dtype: Dtype of the moments; None for the working dtype.
+    """
+
+    decay: float = 0.95
+    floor: float = 0.1
+    factored: bool = True
+    dtype: np.dtype | None = None
+
+    def init(self, layout: Layout) -> MetricState:
+        """Return moments of zero."""
+        dtype = self.dtype or layout.dtype
+        kept = [moments.zeros(leaf, self.factored, dtype) for leaf in layout.leaves]
+        return MetricState(jnp.zeros((), layout.dtype), layout.treedef.unflatten(kept))
+
+    def specs(self, layout: Layout) -> MetricState:
+        """Return that moments are divided as the leaves are."""
+        each = [moments.specs(leaf, self.factored) for leaf in layout.leaves]
+        mean: jax.Array = PartitionSpec()  # pyright: ignore[reportAssignmentType]
+        return MetricState(mean, layout.treedef.unflatten(each))
+
+    def measure(
+        self,
+        layout: Layout,
+        tree: chex.ArrayTree,
+        state: MetricState,
+        seen: jax.Array,
+        accept: jax.Array,
+    ) -> Measured:
+        """Return the metric of the moments up to this gradient; see `Metric`."""
+        dtype = layout.dtype
+        # The mean of all gradients so far at first, later one that forgets.
+        count = seen.astype(dtype) + 1
+        log = math.log(self.decay) if self.decay > 0 else -math.inf
+        weight = jnp.where(accept, (1 - self.decay) / -jnp.expm1(count * log), 0)
+        old = layout.treedef.flatten_up_to(state.moments)
+        each = zip(layout.leaves, layout.wide(tree), old, strict=True)
+        observed: list[Observed] = together(
+            moments.observe(leaf, layout, value, kept, weight.astype(dtype))
+            for leaf, value, kept in each
+        )
+        tiny = jnp.finfo(dtype).tiny
+        known = state.mean >= tiny
+        inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(state.mean, tiny)), 0)
+        shift = jnp.where(known, 0, 1) + jnp.asarray(self.floor, dtype)
+        share = [each.total for each in observed]
+        return Measured(
+            layout=layout,
+            roots=[_root(each, inverse, shift) for each in observed],
+            moments=layout.treedef.unflatten([each.moments for each in observed]),
+            share=functools.reduce(jnp.add, share, jnp.zeros((), dtype)),
+        )
+
+
+def _root(observed: Observed, inverse: jax.Array, shift: jax.Array) -> Root:
+    """Return the root of a leaf's diagonal, `inverse` times a root plus `shift`."""
+    rows, cols, inverse = observed.rows, observed.cols, inverse.astype(shift.dtype)
+    # Far above all numbers that occur, so that no product overflows.
+    limit = float(jnp.finfo(rows.dtype).max) ** 0.25
+    near = lambda x: jnp.minimum(x, limit)
+    if cols is None:
+        make = lambda held: jax.lax.rsqrt(near(held[0] * held[1]) + held[2])
+        return Root(make, (rows, inverse, shift))
+    make = lambda held: jax.lax.rsqrt(held[0][..., None] * held[1] + held[2])
+    return Root(make, (near(rows), near(cols * inverse), shift))
+
+
+def diagonal_metric(
+    decay: float = 0.95,
+    floor: float = 0.1,
+    *,
+    factored: bool = True,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> DiagonalMetric:
+    r"""Measure gradients and updates in Adam's metric, with a floor.
+
+    $D = \sqrt{v} / \mathrm{rms} + \mathrm{floor}$, where $v$ is the running mean of the
+    squared gradient and $\mathrm{rms}$ the root of the mean of $v$ over all parameters.
+
+    A transformation in the metric gets $D^{-1/2} g$ for a gradient $g$, and of its
+    update $u'$ returns $D^{-1/2} u'$. A full-matrix preconditioner then corrects Adam's
+    metric in place of the Euclidean one; compression keeps the entries that are large
+    in it. As $D$ has a mean of about one and does not depend on the scale of the
+    gradient, learning rates, `eps` and `damping` keep their units and sizes.
+
+    Args:
+        decay: Decay of $v$, in [0, 1). The mean is over all gradients at first, so
+            nothing is biased towards zero.
+        floor: Lower bound of $D$, at least 0 and relative to its mean. It keeps
+            coordinates that hardly ever have a gradient from making large steps. Large
+            values approach the Euclidean metric with steps smaller by the floor.
+        factored: Whether to keep the means of $v$ over the rows and over the columns of
+            each leaf of two or more axes, in place of $v$: next to no memory. The last
+            axis is that of columns. False keeps every entry, as Adam does.
+        dtype: Floating dtype of the moments. None keeps them in the working dtype
+            (float32, or float64 for float64 parameters). In `jnp.bfloat16` moments
+            stand still once they change by less than 0.4% a step: pass no `decay`
+            above 0.99 with it.
+
+    Returns:
+        An immutable metric, for the argument `metric` of the transformations and for
+        `in_metric`.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or traced.
+        ValueError: An argument is out of range.
+
+    Examples:
+        >>> import efcp_jax
+        >>> efcp_jax.diagonal_metric(floor=0.3)
+        DiagonalMetric(decay=0.95, floor=0.3, factored=True, dtype=None)
+        >>> tx = efcp_jax.sparse_ggt(1.0, metric=efcp_jax.diagonal_metric())
+
+    References:
+        Kingma and Ba, `Adam: A Method for Stochastic Optimization
+        <https://arxiv.org/abs/1412.6980>`_, 2015
+
+        Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory
+        Cost <https://arxiv.org/abs/1804.04235>`_, 2018
+
+    Notes:
+        Memory: a number a row and a column of every matrix and one for every entry of a
+        vector; 4 bytes a parameter if not factored. Time: two sums over the gradient.
+        Over several devices the moments are divided as the parameters are, and whole on
+        each device where those are replicated. $\mathrm{rms}$ is that of the step
+        before, so that its mean travels in the one collective of a step; in the first
+        step $D = 1 + \mathrm{floor}$. Sums over sharded matrices take a collective of a
+        number a row or column in front. Moments saturate for entries above 1e19 and
+        vanish below 1e-19 (in float32): there the metric is flat.
+    """
+    decay = _validate.number_now(
+        "decay", decay, low=0.0, high=1.0, open_high=True, remedy="Pass 0.95."
+    )
+    floor = _validate.number_now("floor", floor, low=0.0, remedy="Pass 0.1.")
+    return DiagonalMetric(
+        decay=decay,
+        floor=floor,
+        factored=_validate.boolean("factored", factored),
+        dtype=_validate.floating_dtype("dtype", dtype),
+    )

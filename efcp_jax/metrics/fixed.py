@@ -1,0 +1,103 @@
+"""A metric that the user knows: one number for each leaf or subtree."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from efcp_jax import _validate
+from efcp_jax.devices.layout import Layout
+from efcp_jax.devices.prefixes import broadcast
+from efcp_jax.metrics.base import Measured, Root
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedMetric:
+    """Configuration of a fixed metric; made by `fixed_metric`.
+
+    Attributes:
+        diagonal: Paths in the tree of parameters, and the positive number of each.
+    """
+
+    diagonal: tuple[tuple[Any, float], ...]
+
+    def init(self, layout: Layout) -> None:
+        """Return nothing: there is nothing to learn."""
+        del layout
+
+    def specs(self, layout: Layout) -> None:
+        """Return nothing."""
+        del layout
+
+    def measure(
+        self,
+        layout: Layout,
+        tree: chex.ArrayTree,
+        state: None,
+        seen: jax.Array,
+        accept: jax.Array,
+    ) -> Measured:
+        """Return the numbers given for the leaves; see `Metric`."""
+        del state, seen, accept
+        given = broadcast(
+            list(self.diagonal),
+            tree,
+            lambda name: ValueError(
+                f"`diagonal` has no entry for the parameter {name}. Give it a positive"
+                " number; 1.0 leaves it as it is."
+            ),
+        )
+        roots = [Root(lambda held: held, _root(each, layout.dtype)) for each in given]
+        return Measured(layout, roots, None, None)
+
+
+def _root(value: float, dtype: Any) -> jax.Array:
+    return jnp.asarray(1 / math.sqrt(value), dtype)
+
+
+def fixed_metric(diagonal: Any) -> FixedMetric:
+    r"""Measure gradients and updates in a metric that is known beforehand.
+
+    $g' = D^{-1/2} g$ and $u = D^{-1/2} u'$ with a number $D$ for each parameter array:
+    the plain step on parameters in other units, $\theta' = D^{1/2} \theta$.
+
+    Args:
+        diagonal: Positive numbers, one for each leaf or subtree of the parameters, as a
+            tree prefix. A leaf with $D = 4$ makes steps as if it were given in a unit
+            half as large: by a quarter of the length for the same gradient.
+
+    Returns:
+        An immutable metric, for the argument `metric` of the transformations and for
+        `in_metric`.
+
+    Raises:
+        TypeError: `diagonal` holds something else than numbers.
+        ValueError: A number is not positive and finite.
+
+    Examples:
+        >>> import efcp_jax, jax.numpy as jnp, optax
+        >>> metric = efcp_jax.fixed_metric({"seconds": 1.0, "metres": 4.0})
+        >>> tx = efcp_jax.in_metric(optax.sgd(1.0), metric)
+        >>> params = {"metres": jnp.zeros(1), "seconds": jnp.zeros(1)}
+        >>> gradient = {"metres": jnp.ones(1), "seconds": jnp.ones(1)}
+        >>> updates, _ = tx.update(gradient, tx.init(params), params)
+        >>> print(updates["metres"], updates["seconds"])
+        [-0.25] [-1.]
+
+    Notes:
+        No memory, and a multiplication on the way in and on the way out.
+    """
+    given = jax.tree_util.tree_leaves_with_path(diagonal)
+    if not given:
+        raise ValueError(
+            "`diagonal` must hold positive numbers, got an empty tree. Pass a number,"
+            " or one for each leaf of the parameters."
+        )
+    check = functools.partial(
+        _validate.number_now, low=0.0, open_low=True, remedy="Pass positive numbers."
+    )
+    return FixedMetric(tuple((path, check("diagonal", each)) for path, each in given))
