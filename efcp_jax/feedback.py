@@ -30,18 +30,11 @@ class Compressed(NamedTuple):
     basis: chex.ArrayTree | None
 
 
-def finite(space: Space, tree: chex.ArrayTree, *, packed: bool = True) -> jax.Array:
-    """Return whether all entries of $g_t$ on this device are finite.
-
-    Args:
-        space: The representation.
-        tree: $g_t$.
-        packed: Whether $g_t$ itself is what is compressed, so that accelerators have it
-            in working form anyway.
-    """
-    whole = lambda: space.pack(tree) if packed else space.layout.wide(tree)
+def finite(space: Space, tree: chex.ArrayTree) -> jax.Array:
+    """Return whether all entries of $g_t$ on this device are finite."""
     return passes.finite(
-        functools.partial(space.layout.pieces, tree), lambda: jax.tree.leaves(whole())
+        functools.partial(space.layout.pieces, tree),
+        lambda: jax.tree.leaves(space.pack(tree)),
     )
 
 

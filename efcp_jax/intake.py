@@ -4,6 +4,7 @@ Whether a gradient is skipped is known on one device before anything is changed,
 several behind their sum; what hangs on that is here.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,11 +48,12 @@ class Taken(NamedTuple):
         new = MetricState(mean, self.measured.moments)
         return new if self.guarded else select(accept, new, old)
 
-    def outward(self, tree: Any) -> Any:
-        """Return an update as the user gets it: in his metric and his dtypes."""
-        if self.measured is not None:
-            tree = self.measured.outward(tree)
-        return self.layout.cast(tree)
+    def outward(self, make: Callable[[Any], Any], value: Any) -> Any:
+        """Return the update `make(value)` in the metric and dtypes of the user."""
+        if self.measured is None:
+            return self.layout.cast(make(value))
+        measured, value = self.measured.behind(value)
+        return self.layout.cast(measured.scaled(make(value)))
 
 
 def take(
@@ -63,12 +65,13 @@ def take(
     """
     alone, measured = not space.layout.axes, None
     guarded = skip_nonfinite and alone
-    finite = feedback.finite(space, updates, packed=metric is None)
-    accept = finite if guarded else jnp.asarray(True)
-    if metric is not None:
+    if metric is None:
+        finite = feedback.finite(space, updates)
+    else:
         seen = state.count - state.skipped
-        measured = metric.measure(space.layout, updates, state.metric, seen, accept)
-        updates = measured.inward(updates)
+        measured = metric.measure(space.layout, updates, state.metric, seen, guarded)
+        updates, finite = measured.scaled(updates), measured.finite
+    accept = finite if guarded else jnp.asarray(True)
     row = feedback.compress(
         space, updates, state.error, state.basis, scaled=alone, accept=accept
     )

@@ -84,11 +84,12 @@ def compressed(
             accept = faults == 0
         elif share is not None:
             share = layout.sum(share)
-        update = jax.tree.map(
-            lambda c: jnp.where(accept, c * new.row.scale, 0),
-            space.expand(new.row.row),
-        )
-        return new.outward(space.unpack(update)), ErrorFeedbackState(
+
+        def update(scale: jax.Array) -> Any:
+            scaled = lambda c: jnp.where(accept, c * scale, 0)
+            return space.unpack(jax.tree.map(scaled, space.expand(new.row.row)))
+
+        return new.outward(update, new.row.scale), ErrorFeedbackState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             skipped=_count_skipped(state.skipped, accept),
             error=new.error(accept, state.error),
@@ -188,7 +189,8 @@ def preconditioned(
         weights = jax.tree.map(
             lambda _, new: jnp.where(accept, new[0], 0), gram, solved
         )
-        return new.outward(space.update(window.rows, weights)), state_type(
+        update = functools.partial(space.update, window.rows)
+        return new.outward(update, weights), state_type(
             count=optax.safe_increment(state.count),
             skipped=_count_skipped(state.skipped, accept),
             error=new.error(accept, state.error),

@@ -19,12 +19,12 @@ class Root(NamedTuple):
     """What the inverse root of the diagonal of one leaf is computed from.
 
     Attributes:
-        make: From `arrays` to $D^{-1/2}$, of a shape that broadcasts to the leaf's.
-        arrays: A tree of arrays, small or kept anyway.
+        make: From arrays to $D^{-1/2}$, of a shape that broadcasts to the leaf's.
+        arrays: Which of the arrays of `Measured`.
     """
 
     make: Callable[[Any], jax.Array]
-    arrays: Any
+    arrays: int
 
 
 class Measured(NamedTuple):
@@ -33,6 +33,8 @@ class Measured(NamedTuple):
     Attributes:
         layout: The leaves of the tree on this device.
         roots: One for every leaf, in order.
+        arrays: What the roots are made from: small, or kept anyway.
+        finite: Whether all entries of the gradient on this device are finite.
         moments: What the metric has learned, or None.
         share: This device's share of the mean of the moments over all parameters, or
             None.
@@ -40,26 +42,26 @@ class Measured(NamedTuple):
 
     layout: Layout
     roots: list[Root]
+    arrays: list[Any]
+    finite: jax.Array
     moments: Any
     share: jax.Array | None
 
-    def inward(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        r"""Return $D^{-1/2} g$ of the gradients `tree`, in the working dtype."""
-        return self._scaled(self.layout.wide(tree), [r.arrays for r in self.roots])
+    def behind(self, value: Any) -> tuple["Measured", Any]:
+        """Return the metric as what is known behind `value`, and `value`.
 
-    def outward(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        r"""Return $D^{-1/2} u'$ of the updates `tree`, in the working dtype."""
-        # Behind the update, so that no compiler keeps the roots from the way in, which
-        # would be a temporary of the size of the model.
-        arrays = [root.arrays for root in self.roots]
-        return self._scaled(*lax.optimization_barrier((self.layout.wide(tree), arrays)))
+        So that no compiler keeps the roots from the way in for the way out, which would
+        be a temporary of the size of the model.
+        """
+        arrays, value = lax.optimization_barrier((self.arrays, value))
+        return self._replace(arrays=arrays), value
 
-    def _scaled(self, leaves: list[jax.Array], arrays: list[Any]) -> chex.ArrayTree:
-        scaled = (
-            leaf * root.make(held)
-            for leaf, root, held in zip(leaves, self.roots, arrays, strict=True)
+    def scaled(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        r"""Return $D^{-1/2}$ times the leaves of `tree`, in the working dtype."""
+        leaves = zip(self.layout.wide(tree), self.roots, strict=True)
+        return self.layout.treedef.unflatten(
+            leaf * root.make(self.arrays[root.arrays]) for leaf, root in leaves
         )
-        return self.layout.treedef.unflatten(scaled)
 
 
 @runtime_checkable
@@ -80,7 +82,7 @@ class Metric(Protocol):
         tree: chex.ArrayTree,
         state: Any,
         seen: jax.Array,
-        accept: jax.Array,
+        guarded: bool,
     ) -> Measured:
         """Return the metric of a gradient.
 
@@ -89,7 +91,7 @@ class Metric(Protocol):
             tree: The gradient.
             state: What is known from the gradients before it.
             seen: How many those are.
-            accept: Whether to learn from this one.
+            guarded: Whether to learn nothing from it if it is not finite.
 
         Returns:
             The metric.

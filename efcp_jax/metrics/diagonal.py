@@ -3,19 +3,25 @@
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from efcp_jax import _validate
+from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import together
 from efcp_jax.metrics import moments
 from efcp_jax.metrics.base import Measured, Root
 from efcp_jax.metrics.moments import MetricState, Observed
+
+
+# Entries of a leaf that is not worth copying to be beside others.
+_LARGE = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,44 +58,103 @@ class DiagonalMetric:
         tree: chex.ArrayTree,
         state: MetricState,
         seen: jax.Array,
-        accept: jax.Array,
+        guarded: bool,
     ) -> Measured:
         """Return the metric of the moments up to this gradient; see `Metric`."""
         dtype = layout.dtype
         # The mean of all gradients so far at first, later one that forgets.
         count = seen.astype(dtype) + 1
         log = math.log(self.decay) if self.decay > 0 else -math.inf
-        weight = jnp.where(accept, (1 - self.decay) / -jnp.expm1(count * log), 0)
+        weight = (1 - self.decay) / -jnp.expm1(count * log)
         old = layout.treedef.flatten_up_to(state.moments)
-        each = zip(layout.leaves, layout.wide(tree), old, strict=True)
+        values, groups = layout.wide(tree), _groups(layout, self.factored)
+        sums = [
+            moments.sums(
+                layout.leaves[group[0]], self.factored, [values[i] for i in group]
+            )
+            for group in groups
+        ]
+        finite = passes.all_finite(jax.tree.leaves(sums))
+        weight = jnp.where(finite, weight, 0) if guarded else weight
         observed: list[Observed] = together(
-            moments.observe(leaf, layout, value, kept, weight.astype(dtype))
-            for leaf, value, kept in each
+            moments.observe(
+                layout.leaves[group[0]],
+                layout,
+                each,
+                [old[i] for i in group],
+                weight.astype(dtype),
+            )
+            for group, each in zip(groups, sums, strict=True)
         )
-        tiny = jnp.finfo(dtype).tiny
-        known = state.mean >= tiny
-        inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(state.mean, tiny)), 0)
-        shift = jnp.where(known, 0, 1) + jnp.asarray(self.floor, dtype)
-        share = [each.total for each in observed]
+        new: dict[int, Any] = {}
+        roots: dict[int, Root] = {}
+        for number, (group, each) in enumerate(zip(groups, observed, strict=True)):
+            for place, index in enumerate(group):
+                new[index] = each.moments[place]
+                at = place if len(group) > 1 else ...
+                full = functools.partial(_full, at)
+                outer = functools.partial(_outer, place)
+                roots[index] = Root(full if each.cols is None else outer, number)
+        scale, order = _Scale.of(state.mean, self.floor), range(len(values))
+        shares = (each.total for each in observed)
         return Measured(
             layout=layout,
-            roots=[_root(each, inverse, shift) for each in observed],
-            moments=layout.treedef.unflatten([each.moments for each in observed]),
-            share=functools.reduce(jnp.add, share, jnp.zeros((), dtype)),
+            roots=[roots[i] for i in order],
+            arrays=[scale.arrays(each) for each in observed],
+            finite=finite,
+            moments=layout.treedef.unflatten([new[i] for i in order]),
+            share=functools.reduce(jnp.add, shares, jnp.zeros((), dtype)),
         )
 
 
-def _root(observed: Observed, inverse: jax.Array, shift: jax.Array) -> Root:
-    """Return the root of a leaf's diagonal, `inverse` times a root plus `shift`."""
-    rows, cols, inverse = observed.rows, observed.cols, inverse.astype(shift.dtype)
+class _Scale(NamedTuple):
+    """What makes a diagonal of roots of moments: times `inverse`, plus `shift`."""
+
+    inverse: jax.Array
+    shift: jax.Array
+
+    @classmethod
+    def of(cls, mean: jax.Array, floor: float) -> "_Scale":
+        tiny = jnp.finfo(mean.dtype).tiny
+        known = mean >= tiny
+        inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(mean, tiny)), 0)
+        # Flat while nothing is known.
+        return cls(inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor)
+
+    def arrays(self, observed: Observed) -> Any:
+        """Return what the roots of equal leaves are made from."""
+        if observed.cols is None:
+            return observed.rows, self
+        cols = _near(jnp.sqrt(observed.cols) * self.inverse)
+        return jnp.sqrt(observed.rows), cols, self.shift
+
+
+def _groups(layout: Layout, factored: bool) -> list[list[int]]:
+    """Return the leaves in groups of equal ones, but for large ones not factored."""
+    groups: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(layout.leaves):
+        alone = leaf.size > _LARGE and not moments.factors(leaf, factored)
+        groups.setdefault(index if alone else leaf, []).append(index)
+    return list(groups.values())
+
+
+def _full(place: Any, held: Any) -> jax.Array:
+    """Return the inverse root of the diagonal of a leaf that is not factored."""
+    squares, scale = held
+    dtype = scale.shift.dtype
+    root = jnp.sqrt(squares[place].astype(dtype)) * scale.inverse
+    return lax.rsqrt(_near(root) + scale.shift)
+
+
+def _outer(place: int, held: Any) -> jax.Array:
+    """Return the inverse root of the diagonal of a factored leaf."""
+    rows, cols, shift = held
+    return lax.rsqrt(rows[place][..., None] * cols[place] + shift)
+
+
+def _near(x: jax.Array) -> jax.Array:
     # Far above all numbers that occur, so that no product overflows.
-    limit = float(jnp.finfo(rows.dtype).max) ** 0.25
-    near = lambda x: jnp.minimum(x, limit)
-    if cols is None:
-        make = lambda held: jax.lax.rsqrt(near(held[0] * held[1]) + held[2])
-        return Root(make, (rows, inverse, shift))
-    make = lambda held: jax.lax.rsqrt(held[0][..., None] * held[1] + held[2])
-    return Root(make, (near(rows), near(cols * inverse), shift))
+    return jnp.minimum(x, float(jnp.finfo(x.dtype).max) ** 0.25)
 
 
 def diagonal_metric(

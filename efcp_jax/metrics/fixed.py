@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from efcp_jax import _validate
+from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.prefixes import broadcast
 from efcp_jax.metrics.base import Measured, Root
@@ -39,10 +39,10 @@ class FixedMetric:
         tree: chex.ArrayTree,
         state: None,
         seen: jax.Array,
-        accept: jax.Array,
+        guarded: bool,
     ) -> Measured:
         """Return the numbers given for the leaves; see `Metric`."""
-        del state, seen, accept
+        del state, seen, guarded
         given = broadcast(
             list(self.diagonal),
             tree,
@@ -51,12 +51,15 @@ class FixedMetric:
                 " number; 1.0 leaves it as it is."
             ),
         )
-        roots = [Root(lambda held: held, _root(each, layout.dtype)) for each in given]
-        return Measured(layout, roots, None, None)
-
-
-def _root(value: float, dtype: Any) -> jax.Array:
-    return jnp.asarray(1 / math.sqrt(value), dtype)
+        arrays = [jnp.asarray(1 / math.sqrt(each), layout.dtype) for each in given]
+        return Measured(
+            layout=layout,
+            roots=[Root(lambda held: held, index) for index in range(len(given))],
+            arrays=arrays,
+            finite=passes.all_finite(layout.wide(tree)),
+            moments=None,
+            share=None,
+        )
 
 
 def fixed_metric(diagonal: Any) -> FixedMetric:

@@ -71,63 +71,98 @@ def specs(leaf: Leaf, factored: bool) -> Any:
     return spec
 
 
-class Observed(NamedTuple):
-    """The moments of a leaf, and what is needed of them at once.
+class Sums(NamedTuple):
+    """What a gradient adds to the moments of equal leaves; NaN if it is not finite.
 
     Attributes:
-        moments: An array or a `Factored`, as they are kept.
-        rows: Root of the moments over the last axis, `(...)`, next to that of their
-            mean; of a leaf that is not factored the roots of all moments.
-        cols: Root of the moments over all other axes; None for a leaf not factored.
-        total: This device's share of the sum of the moments of the whole leaf, where
-            all devices together count it once, over the number of parameters.
+        rows: This device's share of the means of squares over the last axis,
+            `(g, ...)`; the gradients themselves of leaves that are not factored, in
+            their shape if there is one of them.
+        cols: Its share of those over all other axes, `(g, n)`; None for leaves that are
+            not factored.
     """
 
-    moments: Any
+    rows: jax.Array
+    cols: jax.Array | None
+
+
+class Observed(NamedTuple):
+    """The moments of equal leaves, and what is needed of them at once.
+
+    Attributes:
+        moments: For each leaf an array or a `Factored`, as they are kept.
+        rows: Moments over the last axis next to their mean, `(g, ...)`; of leaves that
+            are not factored all moments, in the shape of the leaf if there is one.
+        cols: Moments over all other axes, `(g, n)`; None for leaves not factored.
+        total: This device's share of the sum of the moments of these leaves, where all
+            devices together count each once, over the number of parameters.
+    """
+
+    moments: list[Any]
     rows: jax.Array
     cols: jax.Array | None
     total: jax.Array
 
 
-def observe(
-    leaf: Leaf, layout: Layout, value: jax.Array, old: Any, weight: jax.Array
-) -> Routine:
-    """Return what is `Observed` of the gradient `value` of a leaf, given `weight`."""
-    # Squares overflow for entries above 1e19, and vanish for those below 1e-19.
-    limit = float(jnp.finfo(value.real.dtype).max) / 4
-    squares = jnp.square(value.real)
-    if leaf.parts == 2:
-        squares = squares + jnp.square(value.imag)
-    squares = jnp.minimum(squares, limit)
-    all_entries = sum(math.prod(each.whole) for each in layout.leaves)
-    devices = layout.ways(layout.axes)
-    if not isinstance(old, Factored):
-        new = _towards(old, squares, weight)
-        copies = devices // layout.ways(leaf.axes)
-        wide = new.astype(squares.dtype)
-        total = jnp.sum(wide * (1 / (all_entries * copies)))
-        return Observed(new, jnp.sqrt(wide), None, total)
+def sums(leaf: Leaf, factored: bool, values: list[jax.Array]) -> Sums:
+    """Return the sums of the gradients of leaves like `leaf`.
+
+    What is done with them is done for all leaves at once, for fewer kernels.
+    """
+    if not factors(leaf, factored):
+        # What is alone may be as large as the model: it is left in its shape.
+        return Sums(values[0] if len(values) == 1 else jnp.stack(values), None)
+    squares = [_squares(value) for value in values]
     # Padding adds nothing, and is not counted.
     rows, cols = math.prod(leaf.whole[:-1]), leaf.whole[-1]
-    by_row = jnp.sum(squares * (1 / cols), axis=-1)
-    by_col = jnp.sum(squares * (1 / rows), axis=tuple(range(squares.ndim - 1)))
+    above = tuple(range(len(leaf.shape) - 1))
+    return Sums(
+        jnp.stack([jnp.sum(x * (1 / cols), axis=-1) for x in squares]),
+        jnp.stack([jnp.sum(x * (1 / rows), axis=above) for x in squares]),
+    )
+
+
+def observe(
+    leaf: Leaf, layout: Layout, new: Sums, old: list[Any], weight: jax.Array
+) -> Routine:
+    """Return what is `Observed` of the sums of leaves like `leaf`."""
+    all_entries = sum(math.prod(each.whole) for each in layout.leaves)
+    devices = layout.ways(layout.axes)
+    by_row, by_col = new
+    if by_col is None:
+        before = old[0] if len(old) == 1 else jnp.stack(old)
+        moved = _towards(before, _squares(by_row), weight)
+        copies = devices // layout.ways(leaf.axes)
+        total = jnp.sum(moved.astype(layout.dtype) * (1 / (all_entries * copies)))
+        each = [moved] if len(old) == 1 else list(jnp.unstack(moved))
+        return Observed(each, moved, None, total)
+    rows, cols = math.prod(leaf.whole[:-1]), leaf.whole[-1]
     if leaf.col_axes:
         by_row = yield lax.psum, by_row, leaf.col_axes
-    new_rows = _towards(old.rows, by_row, weight)
-    wide_rows = new_rows.astype(squares.dtype)
-    mean = jnp.sum(wide_rows * (1 / rows))
+    new_rows = _towards(jnp.stack([each.rows for each in old]), by_row, weight)
+    wide = new_rows.astype(layout.dtype)
+    over_rows = tuple(range(1, wide.ndim))
+    mean = jnp.sum(wide * (1 / rows), axis=over_rows, keepdims=True)
     if leaf.row_axes:
-        both = jnp.concatenate([by_col, mean[None]])
+        both = jnp.concatenate([by_col, mean.reshape(-1, 1)], axis=1)
         both = yield lax.psum, both, leaf.row_axes
-        by_col, mean = both[:-1], both[-1]
-    new_cols = _towards(old.cols, by_col, weight)
-    root = jnp.where(mean > 0, jnp.sqrt(mean), 1)
+        by_col, mean = both[:, :-1], both[:, -1].reshape(mean.shape)
+    new_cols = _towards(jnp.stack([each.cols for each in old]), by_col, weight)
     return Observed(
-        moments=Factored(new_rows, new_cols),
-        rows=jnp.sqrt(wide_rows) / root,
-        cols=jnp.sqrt(new_cols.astype(squares.dtype)),
-        total=mean * (rows * cols / (all_entries * devices)),
+        moments=list(map(Factored, jnp.unstack(new_rows), jnp.unstack(new_cols))),
+        rows=wide / jnp.where(mean > 0, mean, 1),
+        cols=new_cols.astype(layout.dtype),
+        total=jnp.sum(mean) * (rows * cols / (all_entries * devices)),
     )
+
+
+def _squares(value: jax.Array) -> jax.Array:
+    # They overflow for entries above 1e19, and vanish for those below 1e-19.
+    limit = float(jnp.finfo(value.dtype).max) / 4
+    squares = jnp.square(value.real)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        squares = squares + jnp.square(value.imag)
+    return jnp.where(jnp.isfinite(value), jnp.minimum(squares, limit), jnp.nan)
 
 
 def _towards(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:

@@ -13,5 +13,5 @@
 """
 
 from efcp_jax.passes.add import add as add
-from efcp_jax.passes.finite import finite as finite
+from efcp_jax.passes.finite import all_finite as all_finite, finite as finite
 from efcp_jax.passes.insert import insert as insert

@@ -24,13 +24,14 @@ def finite(
         A boolean.
     """
     return lax.platform_dependent(
-        cpu=lambda: _all_finite(pieces()),
+        cpu=lambda: all_finite(pieces()),
         tpu=lambda: _ends_finite(packed()),
-        default=lambda: _all_finite(packed()),
+        default=lambda: all_finite(packed()),
     )
 
 
-def _all_finite(arrays: Iterable[jax.Array]) -> jax.Array:
+def all_finite(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Return whether all entries of all arrays are finite, a boolean."""
     # Not a reduction with a function of one's own, which XLA cannot divide among
     # devices where its partitioner does the spreading.
     each = [jnp.all(jnp.isfinite(array)) for array in arrays]

@@ -53,6 +53,12 @@ def sparse(kept, block_size=128):
     )
 
 
+def metric(window_size, compressor):
+    return efcp_jax.scale_by_ggt(
+        window_size, compressor=compressor, metric=efcp_jax.diagonal_metric()
+    )
+
+
 def mfac(window_size, compressor):
     return efcp_jax.scale_by_mfac(window_size, 1e-4, compressor=compressor)
 
@@ -73,6 +79,9 @@ CASES = {
     "sparse-ggt-1/128-m64-flat": efcp_jax.scale_by_ggt(64, compressor=sparse(1)),
     "sparse_mfac-flat": efcp_jax.sparse_mfac(1e-2),
     "sparse_ggt-transformer": efcp_jax.sparse_ggt(1.0),
+    "metric-2/128-m16-flat": metric(16, sparse(2)),
+    "metric-2/128-m16-transformer": metric(16, sparse(2)),
+    "metric-low-rank-4-m16-equal": metric(16, efcp_jax.low_rank(4)),
     "low-rank-4-m64-equal": mfac(64, efcp_jax.low_rank(4)),
     "low-rank-4-m64-transformer": mfac(64, efcp_jax.low_rank(4)),
     "dense-m16-flat": mfac(16, efcp_jax.identity()),

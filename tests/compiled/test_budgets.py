@@ -26,6 +26,8 @@ BUDGETS = {
         "sparse-ggt-1/128-m64-flat": FLAT | {"gigabytes": 0.8},
         "sparse-1/128-m64-transformer": {"gigabytes": 1.6},
         "sparse_mfac-flat": FLAT | {"gigabytes": 0.8},
+        "metric-2/128-m16-flat": FLAT | {"gigabytes": 1.4},
+        "metric-2/128-m16-transformer": {"gigabytes": 2.2, "kernels": 1300},
         "low-rank-4-m64-equal": {"kernels": 400},
         "low-rank-4-m64-transformer": {"kernels": 1000},
         # Short of the aim, which is 2.0: it holds what is reached, 2.16.
@@ -38,6 +40,8 @@ BUDGETS = {
         "sparse-ggt-1/128-m64-flat": FLAT | H100,
         "sparse-1/128-m64-transformer": H100 | {"percent": 80, "kernels": 750},
         "sparse_mfac-flat": FLAT | H100 | {"percent": 60},
+        "metric-2/128-m16-flat": FLAT | H100 | {"kernels": 80},
+        "metric-2/128-m16-transformer": H100 | {"percent": 100, "kernels": 1300},
         "low-rank-4-m64-equal": H100 | {"kernels": 300},
         "low-rank-4-m64-transformer": H100 | {"kernels": 800},
         "dense-m16-transformer": H100 | {"percent": 15},

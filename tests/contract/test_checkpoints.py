@@ -22,7 +22,7 @@ def through_bytes(carry, abstract, path):
 
 
 @pytest.mark.parametrize("through", [through_orbax, through_bytes])
-@pytest.mark.parametrize("name", aliases.STRUCTURE)
+@pytest.mark.parametrize("name", aliases.ALL)
 def test_training_resumed_after_the_window_wrapped_is_bitwise_equal(
     name, through, tmp_path
 ):

@@ -12,7 +12,7 @@ import pytest
 import efcp_jax
 
 
-@pytest.mark.parametrize("name", aliases.STRUCTURE)
+@pytest.mark.parametrize("name", aliases.ALL)
 def test_the_step_lowers_for_cpu_cuda_and_tpu(name):
     tx, params = aliases.make(name), aliases.params()
     state = jax.eval_shape(tx.init, params)

@@ -68,7 +68,9 @@ def _small(name: str):
     # Four rows keep tens of thousands of steps quick. Structure is bound here and not
     # passed on: `inject_hyperparams` makes a tracer of every number it is given, which
     # a size cannot be.
-    structure = {**aliases.STRUCTURE[name], "window_size": 4}
+    metric = aliases.METRICS.get(name, {})
+    name = name.split("-")[0]
+    structure = {**aliases.STRUCTURE[name], **metric, "window_size": 4}
     if "density" in structure:
         structure["density"] = 0.5  # of two or three entries
     alias = functools.partial(getattr(efcp_jax, name), **structure)
@@ -85,17 +87,17 @@ def _small(name: str):
     return ggt
 
 
-FACTORIES = {name: _small(name) for name in aliases.STRUCTURE}
+FACTORIES = {name: _small(name) for name in aliases.ALL}
 
 # Constant learning rates at which both families solve all of the suites' problems,
 # whose curvature goes from 0.4 to 1000.
 HYPERPARAMETERS = {
     name: (
         {"learning_rate": 2e-2, "damping": 10.0}
-        if name.endswith("mfac")
+        if "mfac" in name
         else {"learning_rate": 1e-2, "eps": 5.0}
     )
-    for name in aliases.STRUCTURE
+    for name in aliases.ALL
 }
 TRANSFORMS = {
     "scale_by_mfac": efcp_jax.scale_by_mfac,

@@ -27,16 +27,26 @@ STRUCTURE = {
 }
 
 
+# Two of them in a metric.
+METRICS = {
+    "sparse_ggt-metric": {"metric": efcp_jax.diagonal_metric()},
+    "low_rank_mfac-metric": {"metric": efcp_jax.diagonal_metric(factored=False)},
+}
+ALL = [*STRUCTURE, *METRICS]
+
+
 def hyperparameters(name: str) -> dict[str, float]:
-    ridge = "damping" if name.endswith("mfac") else "eps"
+    ridge = "damping" if "mfac" in name else "eps"
     return {"learning_rate": LEARNING_RATE, ridge: 0.25}
 
 
 @functools.cache
 def make(name: str, **given: Any) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer `name`; always the same one, so that it compiles once."""
-    arguments = {**hyperparameters(name), **STRUCTURE[name], **given}
-    return getattr(efcp_jax, name)(**arguments)
+    alias = name.split("-")[0]
+    metric = METRICS.get(name, {})
+    arguments = {**hyperparameters(name), **STRUCTURE[alias], **metric, **given}
+    return getattr(efcp_jax, alias)(**arguments)
 
 
 def params(dtype: Any = jnp.float32) -> dict:
