@@ -66,8 +66,10 @@ def specs(leaf: Leaf, factored: bool) -> Any:
     """Return how the moments of `leaf` are divided among devices: as the leaf is."""
     spec: Any = PartitionSpec(*(names or None for names in leaf.partition))
     if factors(leaf, factored):
-        axes = tuple(spec)
-        return Factored(PartitionSpec(*axes[:-1]), PartitionSpec(*axes[-1:]))
+        *above, last = spec
+        rows: Any = PartitionSpec(*above)
+        cols: Any = PartitionSpec(last)
+        return Factored(rows, cols)
     return spec
 
 

@@ -1,6 +1,6 @@
 """Any Optax transformation in a metric."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -83,14 +83,14 @@ def in_metric(
             return None
         return MetricState(measured.share, measured.moments)
 
-    def init_fn(params):
+    def init_fn(params) -> Any:
         _validate_trees.floating_leaves(strip_boxes(params))
         count = jnp.zeros((), jnp.int32)
         zeros = jax.tree.map(jnp.zeros_like, strip_boxes(params))
         measured = measure(zeros, None, count)
         return InMetricState(count, settled(measured), tx.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args) -> Any:
         _validate_trees.floating_leaves(strip_boxes(updates), "updates")
         measured = measure(strip_boxes(updates), state.metric, state.count)
         inner_updates, inner = tx.update(
