@@ -22,6 +22,7 @@ def ggt(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    relative: bool = False,
     nesterov: bool = False,
     metric: Metric | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
@@ -52,6 +53,8 @@ def ggt(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        relative: Whether eps is in units of the root mean square of the norms of the
+            window's rows, so that the scale of the loss does not matter.
         nesterov: Whether the first moment looks ahead.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
@@ -92,6 +95,7 @@ def ggt(
     scale = scale_by_ggt(
         window_size,
         eps,
+        relative=relative,
         b1=b1,
         b2=b2,
         nesterov=nesterov,

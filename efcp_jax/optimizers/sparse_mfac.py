@@ -21,6 +21,7 @@ def sparse_mfac(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
+    relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
     metric: Metric | None = None,
@@ -57,6 +58,8 @@ def sparse_mfac(
             rate; a number or a schedule.
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
+        relative: Whether damping is in units of the mean squared norm of the window's
+            rows over m, so that the scale of the loss does not matter to it.
         b1: Decay of a first moment over the window, in [0, 1).
         nesterov: Whether that moment looks ahead.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
@@ -105,6 +108,7 @@ def sparse_mfac(
     scale = scale_by_mfac(
         window_size,
         damping,
+        relative=relative,
         b1=b1,
         nesterov=nesterov,
         divisor=divisor,

@@ -46,6 +46,22 @@ def ages(size: int, slot: jax.Array) -> jax.Array:
     return (slot - jnp.arange(size, dtype=jnp.int32)) % size
 
 
+def mean_square(gram: jax.Array, scale: jax.Array, filled: jax.Array) -> jax.Array:
+    """Return the mean squared norm of the rows there are, 0 for none.
+
+    Args:
+        gram: Inner products of the stored rows, shape `(m, m)`.
+        scale: What multiplies each row, shape `(m,)`.
+        filled: Number of slots that hold a row.
+
+    Returns:
+        A scalar in the dtype of `gram`, at most its largest number.
+    """
+    share = scale / jnp.sqrt(jnp.maximum(filled, 1).astype(gram.dtype))
+    total = jnp.sum((share * jnp.sqrt(jnp.diagonal(gram))) ** 2)
+    return jnp.minimum(total, jnp.finfo(gram.dtype).max)
+
+
 def moment(
     age: jax.Array,
     filled: jax.Array,

@@ -5,6 +5,7 @@ from typing import Any
 import chex
 import jax
 from jax.core import Tracer
+import jax.numpy as jnp
 import optax
 
 from efcp_jax import _validate
@@ -20,6 +21,7 @@ def scale_by_ggt(
     window_size: int | None = None,
     eps: optax.ScalarOrSchedule = 1e-4,
     *,
+    relative: bool = False,
     b1: chex.Numeric = 0.0,
     b2: chex.Numeric = 1.0,
     nesterov: bool = False,
@@ -44,6 +46,9 @@ def scale_by_ggt(
             $c_t / \epsilon$, a plain gradient; 0 gives the pseudo-inverse. For values
             that go to 0 the update is at most 1 long, so the learning rate belongs
             near 1.
+        relative: Whether `eps` is in units of the window itself: of the root mean
+            square of the norms of its rows. Multiplying the loss by a number then
+            changes nothing.
         b1: Decay of the first moment, in [0, 1), at most `b2`. It needs no momentum
             buffer: the moment is taken over the window. 0 takes the newest row.
         b2: Decay of the older rows of the window, in (0, 1]. 1 keeps them as they are.
@@ -103,6 +108,7 @@ def scale_by_ggt(
         "b2", b2, low=0.0, high=1.0, open_low=True, remedy="Pass 1.0 for no decay."
     )
     nesterov = _validate.boolean("nesterov", nesterov)
+    relative = _validate.boolean("relative", relative)
     concrete = not any(isinstance(each, Tracer) for each in (b1, b2))
     if concrete and not callable(b1) and not callable(b2) and b1 > b2:
         raise ValueError(
@@ -113,12 +119,15 @@ def scale_by_ggt(
 
     def coefficients(gram, kept, window: Window, slot, values):
         age = grams.ages(window.scale.shape[0], slot)
+        eps = values["eps"]
+        if relative:
+            eps = eps * jnp.sqrt(grams.mean_square(gram, window.scale, window.filled))
         weights = ggt_coefficients(
             gram,
             window.scale,
             age,
             window.filled,
-            values["eps"],
+            eps,
             values["b1"],
             values["b2"],
             nesterov,

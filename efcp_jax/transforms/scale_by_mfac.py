@@ -23,6 +23,7 @@ def scale_by_mfac(
     window_size: int | None = None,
     damping: optax.ScalarOrSchedule = 1e-2,
     *,
+    relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
     compressor: Compressor | None = None,
@@ -45,6 +46,10 @@ def scale_by_mfac(
             schedule. Large values give $c_t / \lambda$, a plain gradient. For values
             that go to 0, $\langle u, c_t \rangle$ goes to $m$, so the learning rate
             belongs near $1 / m$.
+        relative: Whether `damping` is in units of the window itself: of the mean
+            squared norm of its rows over $m$ (over the divisor), the mean of the
+            eigenvalues of the Fisher matrix that are not zero. Multiplying the loss by
+            a number then divides the update by it, and changes nothing else.
         b1: Decay of the first moment, in [0, 1). It needs no momentum buffer: the
             moment is taken over the window. 0 takes the newest row.
         nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
@@ -108,6 +113,7 @@ def scale_by_mfac(
         open_low=True,
         remedy="Pass a small number such as 1e-5.",
     )
+    relative = _validate.boolean("relative", relative)
     b1 = _validate.number(
         "b1", b1, low=0.0, high=1.0, open_high=True, remedy="Pass 0.0 for no momentum."
     )
@@ -120,7 +126,12 @@ def scale_by_mfac(
         b1 = values["b1"].astype(gram.dtype)
         age = grams.ages(size, slot)
         moment = grams.moment(age, window.filled, b1, nesterov=nesterov)
-        given = gram, window.scale, slot, values["damping"], rows, kept, moment
+        damping = values["damping"]
+        if relative:
+            damping = (
+                damping * grams.mean_square(gram, window.scale, window.filled) / rows
+            )
+        given = gram, window.scale, slot, damping, rows, kept, moment
         return mfac_coefficients(*given)
 
     return preconditioned(
