@@ -103,8 +103,22 @@ def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]
     dtype = jnp.result_type(leaves[0]) if leaves else jnp.float32
     if not scaled:
         return jnp.ones((), dtype), jnp.ones((), dtype)
-    zero = jnp.zeros((), dtype)
-    # In one pass without a temporary: older XLA would write magnitudes down first.
-    highest = [jnp.max(leaf, initial=zero) for leaf in leaves]
-    lowest = [-jnp.min(leaf, initial=zero) for leaf in leaves]
-    return power_of_two(jnp.max(jnp.stack([zero, *highest, *lowest])))
+    peaks = [_peak(leaf) for leaf in leaves]
+    return power_of_two(jnp.max(jnp.stack([jnp.zeros((), dtype), *peaks])))
+
+
+def _peak(array: jax.Array) -> jax.Array:
+    """Return the largest magnitude, NaN if there is one, without a temporary."""
+    zero = jnp.zeros((), array.dtype)
+
+    # Older XLA on CPUs would write the magnitudes down.
+    def ends(array: jax.Array) -> jax.Array:
+        lowest = jnp.min(array, initial=zero)
+        return jnp.maximum(jnp.max(array, initial=zero), -lowest)
+
+    # XLA divides the maximum of leaves laid end to end into one for each leaf, which
+    # accelerators would launch one by one. It leaves that of magnitudes whole.
+    def magnitude(array: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(array), initial=zero)
+
+    return lax.platform_dependent(array, cpu=ends, default=magnitude)
