@@ -38,19 +38,3 @@ def test_roots_multiply_where_the_factor_would_not(factor):
     assert first * second == factor
     if factor in (2.0**-126, 2.0**126):
         assert np.abs(np.log2([first, second])).max() <= 64
-
-
-@pytest.mark.parametrize("platform", ["cpu", "default"])
-def test_row_scale_is_the_power_of_two_above_the_largest_magnitude(platform, pretend):
-    pretend(platform)
-    leaf = np.asarray([[0.5, -3, 1]], np.float32)
-    for tree, wanted in [
-        ([leaf, leaf], 4),
-        ([-leaf, leaf / 64], 4),
-        ([leaf[:, :0], leaf / 2], 2),
-        ([0 * leaf], 0),
-        ([], 0),
-    ]:
-        scale, inverse = numerics.row_scale(jax.tree.map(jnp.asarray, tree), True)
-        assert scale == wanted
-        assert inverse == (1 / wanted if wanted else 0)
