@@ -86,25 +86,3 @@ def roots(factor: chex.Numeric, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     _, exponent = jnp.frexp(factor)
     first = jnp.ldexp(jnp.ones_like(factor), exponent // 2)
     return first, factor / first
-
-
-def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]:
-    """Return the power of two that a row is divided by, and its inverse.
-
-    Args:
-        tree: Everything that a row will hold.
-        scaled: Whether to divide at all.
-
-    Returns:
-        The least power of two above the largest magnitude, or 0 for zeros, and its
-        inverse; ones if not `scaled`. In the dtype of the leaves.
-    """
-    leaves = jax.tree.leaves(tree)
-    dtype = jnp.result_type(leaves[0]) if leaves else jnp.float32
-    if not scaled:
-        return jnp.ones((), dtype), jnp.ones((), dtype)
-    zero = jnp.zeros((), dtype)
-    # In one pass without a temporary: older XLA would write magnitudes down first.
-    highest = [jnp.max(leaf, initial=zero) for leaf in leaves]
-    lowest = [-jnp.min(leaf, initial=zero) for leaf in leaves]
-    return power_of_two(jnp.max(jnp.stack([zero, *highest, *lowest])))

@@ -36,7 +36,8 @@ FSDP matrices) is held by all devices of the axis, packed in blocks of its own, 
 weighs one over their number in inner products: keep large leaves sharded.
 
 Low rank adds a few all-reduces of the small factors, r numbers a column and r^2 a leaf,
-each of them one collective for all leaves together.
+each of them one collective for all leaves together. Where parameters are replicated,
+the leaves of every shape are gathered together, each entry once.
 
 Selection by `top_k` is made in blocks. With parameters replicated the blocks are those
 of one device, so are the results. With parameters sharded, each device cuts its own

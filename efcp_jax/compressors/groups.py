@@ -36,16 +36,16 @@ class Group(NamedTuple):
         Returns:
             Array of shape `(g, rows, cols)`, or `(g, cols)` for leaves kept whole.
         """
-        values = [matrices[i] for i in self.indices]
-        size, ways = self.matrix.rows, layout.ways(layout.split)
-        if self.matrix.whole:
-            values = [value.reshape(-1) for value in values]
-            size = self.matrix.cols
-        stacked = jnp.stack(values)
-        if missing := size * ways - stacked.shape[1]:
-            pads = [(0, 0), (0, missing), (0, 0)]
-            stacked = jnp.pad(stacked, pads[: stacked.ndim])
-        return layout.own(stacked, axis=1)
+        size = self.matrix.cols if self.matrix.whole else self.matrix.rows
+
+        def own(value: jax.Array) -> jax.Array:
+            value = value.reshape(-1) if self.matrix.whole else value
+            if missing := size * layout.ways(layout.split) - len(value):
+                value = jnp.pad(value, [(0, missing), (0, 0)][: value.ndim])
+            return layout.own(value, axis=0)
+
+        # Each leaf is cut before they are stacked, for only what is kept to be copied.
+        return jnp.stack([own(matrices[i]) for i in self.indices])
 
     def split(
         self, values: jax.Array, layout: Layout, start: int = 0

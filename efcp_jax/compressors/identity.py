@@ -13,7 +13,8 @@ from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import DenseMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.numerics import row_scale, saturate
+from efcp_jax.numerics import saturate
+from efcp_jax.passes.scale import row_scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import SparseMover
 from efcp_jax.compressors.versions import SparseUpgrader
 from efcp_jax.devices.layout import Layout
-from efcp_jax.numerics import row_scale, saturate
+from efcp_jax.numerics import saturate
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
 from efcp_jax.passes.large import LargeBlocks
+from efcp_jax.passes.scale import row_scale
 from efcp_jax.passes.tiles import LANES, LARGEST, Tiles
 
 

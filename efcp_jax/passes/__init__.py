@@ -10,8 +10,10 @@
 | `entries` | how entries are stored |
 | `insert`, `add`, `overwrite` | writing where an array lies |
 | `finite` | whether a gradient is |
+| `scale` | the largest magnitude of a row, and the power of two above it |
 """
 
 from efcp_jax.passes.add import add as add
 from efcp_jax.passes.finite import all_finite as all_finite, finite as finite
 from efcp_jax.passes.insert import insert as insert
+from efcp_jax.passes.scale import row_scale as row_scale

@@ -161,6 +161,26 @@ def test_low_rank_sums_small_factors_a_few_times(chips, placing, times):
     assert max(size for _, size in found) <= factors
 
 
+@pytest.mark.parametrize("chips", PODS)
+def test_low_rank_of_replicated_parameters_gathers_every_entry_once(chips):
+    width, hidden = 4096, 11008  # divide among the chips without filling up
+    shapes = transformer(width, hidden, LAYERS)
+    program, _ = compiled("low_rank", chips, "data", "explicit", shapes)
+    found = collectives(program)
+    assert {kind for kind, _ in found} <= {"all-gather", "all-reduce"}
+    gathered = sum(size for kind, size in found if kind == "all-gather")
+    summed = [size for kind, size in found if kind == "all-reduce"]
+    # Short vectors the compiler gathers by a sum.
+    vectors = LAYERS * width
+    assert gathered in (entries(shapes), entries(shapes) - vectors)
+    factors = LAYERS * 4 * (5 * width + 2 * hidden)
+    assert max(summed) <= factors  # rows are divided: right factors, r a column
+    assert len(summed) <= 6
+    # The gradient is cut before it is stacked, so what is whole is the update alone.
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * entries(shapes)
+
+
 def test_leaves_that_go_to_another_division_travel_by_shape():
     """Rows are given, but `gate` and `up` are longer along columns."""
     chips = 16
