@@ -50,6 +50,7 @@ from efcp_jax.optimizers import (
 )
 from efcp_jax.reports.diagnostics import diagnostics as diagnostics
 from efcp_jax.reports.memory import memory_report as memory_report
+from efcp_jax.reports.monitor import MonitorState as MonitorState, monitor as monitor
 from efcp_jax.states import (
     ErrorFeedbackState as ErrorFeedbackState,
     ScaleByGgtState as ScaleByGgtState,

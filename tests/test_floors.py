@@ -29,6 +29,7 @@ PUBLIC = {
     "low_rank_ggt",
     "memory_report",
     "diagnostics",
+    "monitor",
 }
 # What the package depends on, and what no part of it has any business with.
 LIBRARIES = {"efcp_jax", "jax", "optax", "chex", "numpy"}
@@ -54,7 +55,12 @@ CHECKS = {"_validate", "_validate_trees"}
 # Files of the m x m solver that know platforms.
 M_BY_M = {"preconditioners/system.py", "preconditioners/root.py"}
 # Types of states, for isinstance and annotations.
-STATES = {"ErrorFeedbackState", "ScaleByMfacState", "ScaleByGgtState"}
+STATES = {
+    "ErrorFeedbackState",
+    "MonitorState",
+    "ScaleByMfacState",
+    "ScaleByGgtState",
+}
 
 
 def floors():
