@@ -36,6 +36,7 @@ Rooms of the house, from the roof to the cellar; imports point down only:
 
 from efcp_jax import sharding as sharding
 from efcp_jax.compressors import (
+    by_label as by_label,
     identity as identity,
     low_rank as low_rank,
     top_k as top_k,

@@ -18,6 +18,7 @@ PUBLIC = {
     "identity",
     "top_k",
     "low_rank",
+    "by_label",
     "error_feedback",
     "scale_by_mfac",
     "scale_by_ggt",
