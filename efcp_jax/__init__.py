@@ -50,6 +50,9 @@ from efcp_jax.optimizers import (
     sparse_mfac as sparse_mfac,
 )
 from efcp_jax.reports.diagnostics import diagnostics as diagnostics
+from efcp_jax.reports.inverse import (
+    inverse_fisher_product as inverse_fisher_product,
+)
 from efcp_jax.reports.memory import memory_report as memory_report
 from efcp_jax.reports.monitor import MonitorState as MonitorState, monitor as monitor
 from efcp_jax.states import (

@@ -30,6 +30,7 @@ PUBLIC = {
     "low_rank_ggt",
     "memory_report",
     "diagnostics",
+    "inverse_fisher_product",
     "monitor",
 }
 # What the package depends on, and what no part of it has any business with.

@@ -158,6 +158,16 @@ class LabelledSpace:
             jnp.zeros((), self.layout.dtype),
         )
 
+    def dot(self, window: LabelledRow, vector: Parts) -> jax.Array:  # noqa: D102
+        each = zip(self.parts, window.ratios, strict=True)
+        return sum(
+            (
+                part.space.dot(window.parts[part.label], vector[part.label]) * ratio
+                for part, ratio in each
+            ),
+            jnp.zeros((), self.layout.dtype),
+        )
+
     def combine(self, window: LabelledRow, coefficients: jax.Array):  # noqa: D102
         return {
             p.label: p.space.combine(window.parts[p.label], coefficients * ratios)
