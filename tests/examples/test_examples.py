@@ -51,6 +51,28 @@ def test_monitor_prints_and_plots_the_figures_of_a_training(tmp_path):
         assert 0 < ratio < 1
 
 
+def test_influence_finds_mislabelled_examples():
+    text = output("influence.py")
+    found = re.findall(r"^(with|by|chosen) .* (\S+)$", text, re.M)
+    found = {name: float(share) for name, share in found}
+    assert found["with"] > 0.7
+    assert found["with"] > found["by"] - 0.05
+    assert 0.05 < found["chosen"] < 0.15
+
+
+def test_pruning_by_the_inverse_fisher_matrix_is_no_worse_than_by_magnitude():
+    text = output("pruning.py")
+    (whole,) = re.findall(r"all weights: (\S+)$", text, re.M)
+    lines = re.findall(r"^pruned by .*: (.*)$", text, re.M)
+    magnitude, ours = (
+        [float(each) for each in re.findall(r"(\S+) at", line)] for line in lines
+    )
+    assert float(whole) > 0.9
+    assert len(magnitude) == len(ours) == 4
+    assert ours[0] > float(whole) - 0.03
+    assert sum(ours) > sum(magnitude) - 0.02
+
+
 def test_readme_names_every_example():
     text = (EXAMPLES / "README.md").read_text()
     scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
