@@ -68,7 +68,8 @@ def scores(params, state):
         params, images[train], train_labels
     )
     # With a label that harms, descent on the example is ascent on the test loss.
-    along = lambda direction: -jax.vmap(optax.tree.vdot, (0, None))(gradient, direction)
+    vdot = jax.vmap(optax.tree.vdot, (0, None))
+    along = lambda direction: jnp.negative(vdot(gradient, direction))
     return along(product), along(test_gradient)
 
 

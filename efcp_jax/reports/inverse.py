@@ -24,7 +24,7 @@ _SOLUTIONS = 2
 
 
 def inverse_fisher_product(
-    tree: chex.ArrayTree,
+    tree: Any,
     state: Any,
     damping: chex.Numeric,
     *,
