@@ -38,6 +38,7 @@ Rooms of the house, from the roof to the cellar; imports point down only:
 
 from efcp_jax import sharding as sharding
 from efcp_jax.compressors import (
+    by_label as by_label,
     identity as identity,
     low_rank as low_rank,
     top_k as top_k,
@@ -55,7 +56,11 @@ from efcp_jax.optimizers import (
     sparse_mfac as sparse_mfac,
 )
 from efcp_jax.reports.diagnostics import diagnostics as diagnostics
+from efcp_jax.reports.inverse import (
+    inverse_fisher_product as inverse_fisher_product,
+)
 from efcp_jax.reports.memory import memory_report as memory_report
+from efcp_jax.reports.monitor import MonitorState as MonitorState, monitor as monitor
 from efcp_jax.states import (
     ErrorFeedbackState as ErrorFeedbackState,
     ScaleByGgtState as ScaleByGgtState,

@@ -18,6 +18,7 @@ PUBLIC = {
     "identity",
     "top_k",
     "low_rank",
+    "by_label",
     "error_feedback",
     "scale_by_mfac",
     "scale_by_ggt",
@@ -32,6 +33,8 @@ PUBLIC = {
     "diagonal_metric",
     "fixed_metric",
     "in_metric",
+    "inverse_fisher_product",
+    "monitor",
 }
 # What the package depends on, and what no part of it has any business with.
 LIBRARIES = {"efcp_jax", "jax", "optax", "chex", "numpy"}
@@ -57,7 +60,12 @@ CHECKS = {"_validate", "_validate_trees"}
 # Files of the m x m solver that know platforms.
 M_BY_M = {"preconditioners/system.py", "preconditioners/root.py"}
 # Types of states, for isinstance and annotations.
-STATES = {"ErrorFeedbackState", "ScaleByMfacState", "ScaleByGgtState"}
+STATES = {
+    "ErrorFeedbackState",
+    "MonitorState",
+    "ScaleByMfacState",
+    "ScaleByGgtState",
+}
 
 
 def floors():

@@ -124,8 +124,12 @@ class Space(Protocol):
         """
         ...
 
+    def dot(self, window: Rows, vector: Vector) -> Gram:
+        """Return G x for a vector, in the shape and the shares of `inner`."""
+        ...
+
     def combine(self, window: Rows, coefficients: Gram) -> Vector:
-        """Return the vector G^T w; the adjoint of `inner` on one device."""
+        """Return the vector G^T w; the adjoint of `dot` on one device."""
         ...
 
     def update(self, window: Rows, coefficients: Gram) -> chex.ArrayTree:

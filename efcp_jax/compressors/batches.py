@@ -70,6 +70,27 @@ def subtract(
     return saturate(rest, values.dtype)
 
 
+def dot(
+    matrix: Matrix, left: jax.Array | None, right: jax.Array, vector: jax.Array
+) -> jax.Array:
+    """Return the inner products of the matrices of a window with those of a vector.
+
+    Args:
+        matrix: What the factors stand for.
+        left: Shape `(g, m r, rows)`, or None for leaves kept whole.
+        right: Shape `(g, m r, cols)`.
+        vector: Shape `(g, rows, cols)`, or `(g, cols)`.
+
+    Returns:
+        Array of shape `(g, m)`: this device's share.
+    """
+    if left is None:
+        return contract("gpc,gc->gp", right, vector) / matrix.copies
+    products = jnp.sum(contract("gpn,gnc->gpc", left, vector) * right, axis=2)
+    each = products.reshape(len(products), -1, matrix.rank)
+    return jnp.sum(each, axis=2) / matrix.copies
+
+
 def combine(
     matrix: Matrix, left: jax.Array | None, right: jax.Array, weights: jax.Array
 ) -> jax.Array:

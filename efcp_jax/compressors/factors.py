@@ -183,11 +183,17 @@ class LowRankSpace:
             return jnp.sum(each, axis=2) / copies
 
         made = self._map(group_inner, window.left, window.right, row.left, row.right)
-        parts = dict(zip(made, together(made.values()), strict=True))
+        return self._sums(dict(zip(made, together(made.values()), strict=True)))
+
+    def dot(self, window: LowRankRow, vector: Batches):  # noqa: D102
+        return self._sums(self._map(batches.dot, window.left, window.right, vector))
+
+    def _sums(self, parts: Batches) -> Any:
+        """Return inner products `(g, m)` of groups as there are Gram matrices."""
         if self.block_diagonal:
             return parts
         sums = [jnp.sum(part, axis=0) for part in parts.values()]
-        return sum(sums[1:], sums[0]) if sums else jnp.zeros(1, dtype)
+        return sum(sums[1:], sums[0]) if sums else jnp.zeros(1, self.layout.dtype)
 
     def combine(self, window: LowRankRow, coefficients):  # noqa: D102
         weights = self._weights(coefficients)

@@ -109,10 +109,15 @@ class IdentitySpace:
         return saturate(vector - scale * self.expand(row), vector.dtype)
 
     def inner(self, window: jax.Array, row: jax.Array) -> jax.Array:  # noqa: D102
+        return self._products("bms,bns->bm", window, row)
+
+    def dot(self, window: jax.Array, vector: jax.Array) -> jax.Array:  # noqa: D102
+        return self._products("bms,bs->bm", window, vector)
+
+    def _products(self, subscripts: str, *arrays: jax.Array) -> jax.Array:
         products = jnp.einsum(
-            "bms,bns->bm",
-            window,
-            row,
+            subscripts,
+            *arrays,
             precision=lax.Precision.HIGHEST,
             preferred_element_type=self.layout.dtype,
         )

@@ -7,14 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax.metrics.moments import summary
-from efcp_jax.states import (
-    ErrorFeedbackState,
-    ScaleByGgtState,
-    ScaleByMfacState,
-)
-
-
-_STATES = (ErrorFeedbackState, ScaleByMfacState, ScaleByGgtState)
+from efcp_jax.reports.find import own_states
+from efcp_jax.states import ErrorFeedbackState
 
 
 def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
@@ -65,11 +59,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         Roy and Vetterli, The effective rank: a measure of effective dimensionality,
         EUSIPCO 2007
     """
-    found = [
-        leaf
-        for leaf in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, _STATES))
-        if isinstance(leaf, _STATES)
-    ]
+    found = own_states(state)
     if len(found) != 1:
         raise ValueError(
             "`state` must contain exactly one state of this package, got"

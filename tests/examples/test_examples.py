@@ -9,9 +9,9 @@ import sys
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
-def output(script):
+def output(script, *arguments):
     return subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / script)],
+        [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -32,6 +32,45 @@ def test_gradients_accumulated_outside_give_the_parameters_of_multi_steps():
     text = output("accumulate_gradients.py")
     (difference,) = re.findall(r"difference of the parameters: (\S+)$", text, re.M)
     assert float(difference) < 1e-3
+
+
+def test_monitor_prints_and_plots_the_figures_of_a_training(tmp_path):
+    file = tmp_path / "monitor.png"
+    text = output("monitor.py", "--plot", str(file))
+    assert file.stat().st_size > 10_000
+    found = re.findall(
+        r"loss (\S+), .* angle (\d+) .* rank (\S+), error ratio (\S+)$", text, re.M
+    )
+    (adam, *ours) = [tuple(map(float, each)) for each in found]
+    assert adam[2:] == (0, 0)
+    assert len(ours) == 2
+    for loss, angle, rank, ratio in ours:
+        assert loss < 0.1
+        assert 0 < angle < 90  # both descend
+        assert 1 < rank <= 32
+        assert 0 < ratio < 1
+
+
+def test_influence_finds_mislabelled_examples():
+    text = output("influence.py")
+    found = re.findall(r"^(with|by|chosen) .* (\S+)$", text, re.M)
+    found = {name: float(share) for name, share in found}
+    assert found["with"] > 0.7
+    assert found["with"] > found["by"] - 0.05
+    assert 0.05 < found["chosen"] < 0.15
+
+
+def test_pruning_by_the_inverse_fisher_matrix_is_no_worse_than_by_magnitude():
+    text = output("pruning.py")
+    (whole,) = re.findall(r"all weights: (\S+)$", text, re.M)
+    lines = re.findall(r"^pruned by .*: (.*)$", text, re.M)
+    magnitude, ours = (
+        [float(each) for each in re.findall(r"(\S+) at", line)] for line in lines
+    )
+    assert float(whole) > 0.9
+    assert len(magnitude) == len(ours) == 4
+    assert ours[0] > float(whole) - 0.03
+    assert sum(ours) > sum(magnitude) - 0.02
 
 
 def test_readme_names_every_example():

@@ -1,0 +1,124 @@
+"""Another representation for every kind of leaf, one Gram matrix over all of them."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from efcp_jax.compressors.base import Compressor
+from efcp_jax.compressors.labelled import LabelledSpace, Part
+from efcp_jax.compressors.labels import Prefix, members, prefix
+from efcp_jax.devices.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLabel:
+    """Configuration of a representation by label; made by `by_label`.
+
+    Attributes:
+        compressors: Label and compressor, pair by pair.
+        labels: Path and label of each labelled subtree, or a function that makes labels
+            from parameters.
+    """
+
+    compressors: tuple[tuple[str, Compressor], ...]
+    labels: Prefix | Callable[[Any], Any]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all compressors are."""
+        return all(compressor.lossless for _, compressor in self.compressors)
+
+    def bind(self, layout: Layout) -> LabelledSpace:
+        """Return the space of all compressors for trees of `layout`."""
+        known = tuple(label for label, _ in self.compressors)
+        found = members(self.labels, known, layout)
+        parts = (
+            Part.of(label, compressor, layout, found[label])
+            for label, compressor in self.compressors
+        )
+        return LabelledSpace(layout, tuple(parts))
+
+
+def by_label(
+    compressors: Mapping[str, Compressor], labels: Any | Callable[[Any], Any]
+) -> ByLabel:
+    r"""Compress each leaf by the compressor that its label names.
+
+    $C(a) = (C_1(a_1), \ldots, C_n(a_n))$ for the parts $a_p$ of equal label. Inner
+    products are summed over the parts, so there is one Gram matrix, and the
+    preconditioner is that of the full matrix over all parameters.
+
+    Matrices of low rank beside sparse embedding tables, and vectors as they are:
+
+        efcp_jax.by_label(
+            {"matrix": low_rank(4), "table": top_k(0.01), "rest": identity()},
+            {"embedding": "table", "layers": "matrix", "norms": "rest"})
+
+    Args:
+        compressors: The compressor of each label.
+        labels: A tree prefix of the parameters with labels for leaves, or a function
+            that makes one from the parameters, or from `jax.ShapeDtypeStruct`s in
+            their place, as in `optax.partition`.
+
+    Returns:
+        An immutable compressor, for the `compressor` argument of the transformations.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A label is not among `compressors`, there are none, or one of them
+            keeps a Gram matrix for each leaf. By `init` and `update`: a leaf has no
+            label, or a compressor no leaf.
+
+    Examples:
+        >>> import efcp_jax, jax, jax.numpy as jnp
+        >>> kind = lambda leaf: "matrix" if leaf.ndim > 1 else "rest"
+        >>> compressor = efcp_jax.by_label(
+        ...     {"matrix": efcp_jax.top_k(0.25), "rest": efcp_jax.identity()},
+        ...     lambda params: jax.tree.map(kind, params))
+        >>> tx = efcp_jax.error_feedback(compressor)
+        >>> gradient = {"w": jnp.array([[4., 3.], [2., 1.]]), "b": jnp.array([2., 1.])}
+        >>> update, _ = tx.update(gradient, tx.init(gradient))
+        >>> print(update["w"].ravel(), update["b"])
+        [4. 0. 0. 0.] [2. 1.]
+
+    Notes:
+        Memory and time are the sums of those of the parts, and a number for each part
+        and row. Blocks of `top_k` hold leaves of one label only. Each part is stored at
+        the scale of its own largest entry. The error is kept for all leaves, 4 bytes a
+        parameter, unless every compressor is lossless.
+    """
+    if not isinstance(compressors, Mapping):
+        raise TypeError(
+            "`compressors` must be a dictionary of labels and compressors, got"
+            f" {compressors!r}. Pass for example"
+            " `{'table': efcp_jax.top_k(0.01), 'rest': efcp_jax.identity()}`."
+        )
+    if not compressors:
+        raise ValueError(
+            "`compressors` must hold a compressor for at least one label, got none."
+        )
+    for label, compressor in compressors.items():
+        _check(label, compressor)
+    if not callable(labels):
+        labels = prefix(labels, tuple(compressors))
+    return ByLabel(tuple(compressors.items()), labels)
+
+
+def _check(label: Any, compressor: Any) -> None:
+    if not isinstance(label, str):
+        raise TypeError(
+            f"The labels of `compressors` must be strings, got {label!r} of type"
+            f" {type(label).__name__}."
+        )
+    if not isinstance(compressor, Compressor) or isinstance(compressor, ByLabel):
+        raise TypeError(
+            f"`compressors[{label!r}]` must be what `identity`, `top_k` or `low_rank`"
+            f" returns, got {compressor!r}. To divide a part further, give its leaves"
+            " more labels."
+        )
+    if getattr(compressor, "block_diagonal", False):
+        raise ValueError(
+            f"`compressors[{label!r}]` keeps a Gram matrix for each leaf, but parts"
+            " share one. Pass `low_rank(..., block_diagonal=False)`, or give every part"
+            " a transformation of its own with `optax.partition`."
+        )

@@ -1,0 +1,86 @@
+"""Labels of the leaves of a tree: which of several compressors takes which leaf."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import jax
+
+from efcp_jax.devices.layout import Layout
+
+
+# The label of every subtree, by the names on the way to it.
+Prefix: TypeAlias = tuple[tuple[tuple[str, ...], str], ...]
+
+
+def prefix(labels: Any, known: Iterable[str]) -> Prefix:
+    """Return a tree of strings as pairs of path and label, which can be hashed.
+
+    Raises:
+        TypeError: A label is not a string.
+        ValueError: A label is not among those `known`.
+    """
+    pairs = []
+    for path, label in jax.tree_util.tree_leaves_with_path(labels):
+        where = f"labels{jax.tree_util.keystr(path)}"
+        if not isinstance(label, str):
+            raise TypeError(
+                "`labels` must be a tree of strings or a function of the parameters to"
+                f" one, got {label!r} of type {type(label).__name__} at {where}."
+            )
+        if label not in known:
+            names = ", ".join(map(repr, known))
+            raise ValueError(
+                f"`labels` must name one of the compressors {names}, got {label!r} at"
+                f" {where}. Add {label!r} to `compressors`, or name one of them."
+            )
+        pairs.append((_names(path), label))
+    return tuple(pairs)
+
+
+def members(
+    labels: Prefix | Callable[[Any], Any], known: tuple[str, ...], layout: Layout
+) -> dict[str, tuple[int, ...]]:
+    """Return the leaves of each label, by their numbers, in the order of `known`.
+
+    Going by paths lets a masked tree keep the labels of the whole.
+
+    Args:
+        labels: What `prefix` returns, or a function from the tree, with
+            `jax.ShapeDtypeStruct`s for leaves, to a tree of labels.
+        known: The labels there are.
+        layout: The leaves. For a tree without any, nothing is checked.
+
+    Returns:
+        A tuple of numbers for each of `known`.
+
+    Raises:
+        TypeError: A label is not a string.
+        ValueError: A leaf has no label, or one that is not known, or a label no leaf.
+    """
+    if not layout.leaves:
+        return dict.fromkeys(known, ())
+    leaves = [jax.ShapeDtypeStruct(leaf.whole, leaf.dtype) for leaf in layout.leaves]
+    tree = layout.treedef.unflatten(leaves)
+    given = dict(prefix(labels(tree), known) if callable(labels) else labels)
+    found: dict[str, list[int]] = {label: [] for label in known}
+    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+        names = _names(path)
+        above = (names[:n] for n in range(len(names), -1, -1))
+        label = next((given[each] for each in above if each in given), None)
+        if label is None:
+            raise ValueError(
+                f"`labels` has no entry for params{jax.tree_util.keystr(path)} of shape"
+                f" {leaf.shape}. Give it, or a tree above it, the name of a compressor."
+            )
+        found[label].append(index)
+    for label, indices in found.items():
+        if not indices:
+            raise ValueError(
+                f"`labels` gives no parameter to the compressor {label!r}. Leave it out"
+                " of `compressors`, or label a parameter with it."
+            )
+    return {label: tuple(indices) for label, indices in found.items()}
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
