@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 
 from efcp_jax.devices.layout import Layout
+from efcp_jax.devices.prefixes import names_of
 
 
 # The label of every subtree, by the names on the way to it.
@@ -33,7 +34,7 @@ def prefix(labels: Any, known: Iterable[str]) -> Prefix:
                 f"`labels` must name one of the compressors {names}, got {label!r} at"
                 f" {where}. Add {label!r} to `compressors`, or name one of them."
             )
-        pairs.append((_names(path), label))
+        pairs.append((names_of(path), label))
     return tuple(pairs)
 
 
@@ -64,7 +65,7 @@ def members(
     given = dict(prefix(labels(tree), known) if callable(labels) else labels)
     found: dict[str, list[int]] = {label: [] for label in known}
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        names = _names(path)
+        names = names_of(path)
         above = (names[:n] for n in range(len(names), -1, -1))
         label = next((given[each] for each in above if each in given), None)
         if label is None:
@@ -80,7 +81,3 @@ def members(
                 " of `compressors`, or label a parameter with it."
             )
     return {label: tuple(indices) for label, indices in found.items()}
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -19,12 +19,12 @@ def broadcast(given: list[tuple[Any, Any]], tree: chex.ArrayTree, fail: Any) -> 
     Returns:
         One value for each leaf, in order.
     """
-    known = {_names(path): value for path, value in given}
+    known = {names_of(path): value for path, value in given}
     found = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        names = _names(path)
-        prefixes = [names[:n] for n in range(len(names), -1, -1)]
-        key = next((each for each in prefixes if each in known), None)
+        names = names_of(path)
+        above = (names[:n] for n in range(len(names), -1, -1))
+        key = next((each for each in above if each in known), None)
         if key is None:
             raise fail(leaf_name(path))
         found.append(known[key])
@@ -36,5 +36,6 @@ def leaf_name(path: Any) -> str:
     return f"params{jax.tree_util.keystr(path)}"
 
 
-def _names(path: Any) -> tuple[str, ...]:
+def names_of(path: Any) -> tuple[str, ...]:
+    """Return the keys of a path as words, which all kinds of trees have in common."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

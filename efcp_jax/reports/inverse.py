@@ -57,7 +57,8 @@ def inverse_fisher_product(
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range, `state` contains none or several states
-            of M-FAC, or the one that it contains does not fit `tree` and `compressor`.
+            of M-FAC, or the one that it contains is in a metric, or does not fit `tree`
+            and `compressor`.
 
     Examples:
         >>> import efcp_jax, jax.numpy as jnp
@@ -113,6 +114,11 @@ def inverse_fisher_product(
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
     _validate_trees.floating_leaves(tree, "tree")
     own: Any = found[0]
+    if own.metric is not None:
+        raise ValueError(
+            "The window of `state` is in a metric that changes from step to step, so"
+            " its Fisher matrix is not that of the parameters. Train without `metric`."
+        )
     size = own.window.scale.shape[0]
 
     def init(space):
@@ -129,7 +135,7 @@ def inverse_fisher_product(
         window = held.window
         rows = window.filled if divisor == "filled" else size
         product = _product(space, updates, held, values["damping"], rows)
-        return space.unpack(product), held
+        return space.layout.cast(space.unpack(product)), held
 
     solver = transformation(
         compressor, init, specs, step, {"damping": damping}, sharding

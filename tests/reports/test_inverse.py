@@ -262,3 +262,12 @@ def test_two_states_and_that_of_ggt_are_refused():
         call(state=states)
     with pytest.raises(ValueError, match="got 0"):
         call(state=efcp_jax.scale_by_ggt(2).init(model))
+
+
+def test_a_window_in_a_metric_is_refused():
+    tx = efcp_jax.scale_by_mfac(2, metric=efcp_jax.diagonal_metric())
+    params = jnp.zeros(3)
+    with pytest.raises(ValueError, match="metric"):
+        efcp_jax.inverse_fisher_product(
+            params, tx.init(params), 1.0, compressor=efcp_jax.identity()
+        )
