@@ -3,20 +3,29 @@
 No chip is needed: `libtpu` compiles for a topology that is described to it.
 """
 
-import contextlib
-import math
 import os
 
 import compiling
 import jax
-from jax.experimental import topologies
-import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
+from pods import (
+    COMPRESSORS,
+    HIDDEN,
+    LAYERS,
+    PODS,
+    ROWS,
+    WIDTH,
+    bytes_a_chip,
+    compiled,
+    entries,
+    on_pod,
+    transformer,
+)
 import pytest
 
 import efcp_jax
-from efcp_jax.sharding import abstract_state, collectives, state_shardings
+from efcp_jax.sharding import collectives
 
 
 pytestmark = [
@@ -26,98 +35,12 @@ pytestmark = [
     ),
 ]
 
-PODS = {16: "v5e:4x4", 256: "v5e:16x16"}
-# Names and sizes of mesh axes, and the partition of matrices and of vectors.
-MESHES = {
-    "data": (lambda n: {"x": n}, P(), P()),
-    "fsdp": (lambda n: {"x": n}, P("x"), P("x")),
-    "2-D": (lambda n: dict.fromkeys("xy", math.isqrt(n)), P("x", "y"), P(("x", "y"))),
-}
-WIDTH, HIDDEN, LAYERS = 1024, 2816, 2
-ROWS = 64
-COMPRESSORS = {
-    "dense": efcp_jax.identity(),
-    "top_k": efcp_jax.top_k(2 / 128, block_size=128, value_dtype=jnp.bfloat16),
-    "large blocks": efcp_jax.top_k(
-        41 / 4096, block_size=4096, value_dtype=jnp.bfloat16
-    ),
-    "low_rank": efcp_jax.low_rank(4, value_dtype=jnp.bfloat16),
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def described_chips():
     """Tell `libtpu` not to look for chips, nor to wait for whoever uses them."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-
-
-def transformer(width=WIDTH, hidden=HIDDEN, layers=LAYERS):
-    """Return the shapes of a transformer with gated layers, without its embedding."""
-    square, up, down = (width, width), (width, hidden), (hidden, width)
-    layer = dict.fromkeys("qkvo", square) | {"gate": up, "up": up, "down": down}
-    return {str(i): layer | {"norm": (width,)} for i in range(layers)}
-
-
-def entries(shapes):
-    leaves = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
-    return sum(map(math.prod, leaves))
-
-
-def on_pod(chips, placing, kind, shapes):
-    """Return the mesh, and parameters without data there."""
-    axes, matrices, vectors = MESHES[placing]
-    sizes = axes(chips)
-    topology = topologies.get_topology_desc(PODS[chips], "tpu")
-    devices = np.array(topology.devices).reshape(tuple(sizes.values()))
-    mesh = Mesh(devices, tuple(sizes), axis_types=(kind,) * len(sizes))
-    params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(
-            shape,
-            jnp.float32,
-            sharding=NamedSharding(mesh, matrices if len(shape) == 2 else vectors),
-        ),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-    return mesh, params
-
-
-def bytes_a_chip(tree):
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def compiled(compressor, chips, placing, how, shapes=None, rows=ROWS):
-    """Return the compiled step, and the state without data.
-
-    Args:
-        compressor: Name of a compressor.
-        chips: Number of chips.
-        placing: How parameters are divided.
-        how: "explicit" for types that tell it, "told" for the argument, "auto" for
-            neither.
-        shapes: Shapes of the parameters.
-        rows: Rows of the window.
-    """
-    kind = AxisType.Explicit if how == "explicit" else AxisType.Auto
-    mesh, params = on_pod(chips, placing, kind, shapes or transformer())
-    sharding = jax.tree.map(lambda leaf: leaf.sharding, params)
-    tx = efcp_jax.scale_by_mfac(
-        rows,
-        compressor=COMPRESSORS[compressor],
-        sharding=sharding if how == "told" else None,
-    )
-    with contextlib.nullcontext() if how == "auto" else jax.set_mesh(mesh):
-        state = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            abstract_state(tx, params),
-            state_shardings(tx, params),
-        )
-        step = jax.jit(tx.update, donate_argnums=1)
-        return step.lower(params, state, params).compile(), state
 
 
 @pytest.mark.parametrize(
@@ -207,28 +130,3 @@ def test_a_state_made_without_the_mesh_is_stepped_whole(compressor):
     step = jax.jit(tx.update, donate_argnums=1)
     program = step.lower(params, state, params).compile()
     assert collectives(program) == []
-
-
-# A layer of a transformer of seven billion parameters, on 256 chips, beside what the
-# README of the examples says a chip holds for each parameter.
-@pytest.mark.parametrize(
-    ("compressor", "placing", "share"),
-    [
-        ("dense", "fsdp", 4 * 64),
-        ("large blocks", "fsdp", 64 * 41 / 4096 * 4 + 4),
-        ("top_k", "2-D", 64 * 2 / 128 * 3 + 4),
-    ],
-)
-def test_a_layer_of_a_large_model_is_held_as_the_cost_model_says(
-    compressor, placing, share
-):
-    shapes = transformer(4096, 11008, 1)
-    program, state = compiled(compressor, 256, placing, "explicit", shapes)
-    share_of_all = entries(shapes) / 256
-    small = 4 * ROWS**2 + 4 * ROWS + 16
-    held = bytes_a_chip(state) - small
-    assert 1 <= held / (share * share_of_all) < 1.02  # blocks fill tiles
-    assert collectives(program) == [("all-reduce", ROWS)]
-    # Beside the gradient, the update and the parameters, less than one more of them.
-    memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < 1.5 * 4 * share_of_all + 2**20
