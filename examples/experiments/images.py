@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.steps and published:
         args.epochs = None  # a published experiment, cut short
     try:
-        workload = sources.workload(args, MODELS[args.model], "images", args.model)
+        config = {"model": args.model}
+        workload = sources.workload(args, MODELS[args.model], "images", config)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     command.run(parser, args, workload)

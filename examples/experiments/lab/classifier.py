@@ -19,7 +19,7 @@ EVALUATION_BATCH = 500
 def in_memory(
     pictures: Pictures,
     model: Callable[[nnx.Rngs], nnx.Module],
-    model_name: str,
+    config: dict[str, Any],
     batch_size: int,
     name: str = "images",
 ) -> Workload:
@@ -28,7 +28,7 @@ def in_memory(
     Args:
         pictures: The data.
         model: Makes a model, called with images and with `train`.
-        model_name: Part of the key of the results.
+        config: What tells the model from others, part of the key of the results.
         batch_size: Images in a batch.
         name: Names the file of the results.
 
@@ -48,7 +48,7 @@ def in_memory(
         pictures,
         model,
         name=name,
-        config={"data": pictures.name, "model": model_name, "batch_size": batch_size},
+        config={"data": pictures.name, **config, "batch_size": batch_size},
         data=jax.tree.map(
             jnp.asarray, {"train": pictures.train, "test": pictures.test}
         ),
@@ -106,4 +106,13 @@ def _workload(pictures, model, *, held_out, **others):
         images, labels = held_out(data, item)
         return classifying.sums(apply(params, statistics, images, False)[0], labels)
 
-    return Workload(init=init, loss=loss, evaluate=evaluate, **others)
+    convolutions = _has_convolutions(model)
+    return Workload(
+        init=init, loss=loss, evaluate=evaluate, convolutions=convolutions, **others
+    )
+
+
+def _has_convolutions(model):
+    """Return whether a kernel of the model has more than two axes."""
+    params = nnx.state(nnx.eval_shape(lambda: model(nnx.Rngs(0))), nnx.Param)
+    return any(leaf.ndim > 2 for leaf in jax.tree.leaves(params))

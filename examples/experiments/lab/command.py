@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import itertools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
@@ -66,8 +67,8 @@ def options(description: str | None, batch_seeds: int = 1) -> argparse.ArgumentP
     add(
         "--scan",
         action=argparse.BooleanOptionalAction,
-        help="whether many steps are one compiled loop (default: not on CPUs, where"
-        " that is slow)",
+        help="whether many steps are one compiled loop (default: all but convolutions"
+        " on CPUs, where that is slow)",
     )
     add("--output", type=Path, default=Path("out/experiments"), help="folder")
     return parser
@@ -94,54 +95,67 @@ def share(text: str) -> float:
     return value
 
 
-def run(parser: argparse.ArgumentParser, args, workload: Workload) -> results.Results:
-    """Train what the results do not hold yet; every argument is checked before."""
-    steps = args.epochs * workload.per_epoch if args.epochs else args.steps or 400
+class Plan(NamedTuple):
+    """What the arguments ask for, checked."""
+
+    steps: int
+    evaluations: int
+    specs: list[optimizers.Spec]
+    rates: list[Sequence[float]]
+    trainers: list[Trainer]
+    sizes: list[tuple[float, int]]
+
+
+def check(args, workload: Workload) -> Plan:
+    """Return the plan of the arguments; nothing is trained.
+
+    Raises:
+        TypeError: A setting of the wrong type.
+        ValueError: An argument out of range.
+    """
     if args.epochs and args.steps:
-        parser.error("give --steps or --epochs, not both")
+        raise ValueError("give --steps or --epochs, not both")
+    steps = args.epochs * workload.per_epoch if args.epochs else args.steps or 400
     evaluations = args.evaluations or divisor(steps, EVALUATIONS)
     if steps % evaluations:
-        parser.error(f"--evaluations {evaluations} must divide the {steps} steps")
+        raise ValueError(f"--evaluations {evaluations} must divide the {steps} steps")
     if args.seeds % args.batch_seeds:
-        parser.error(
+        raise ValueError(
             f"--batch-seeds {args.batch_seeds} must divide --seeds {args.seeds}"
         )
+    specs = [optimizers.parse(text) for text in args.optimizers]
+    rates = [_rates(args, spec) for spec in specs]
+    trainers = [_trainer(args, workload, spec, steps) for spec in specs]
+    sizes = [trainer.bytes_per_parameter() for trainer in trainers]
+    return Plan(steps, evaluations, specs, rates, trainers, sizes)
+
+
+def run(parser: argparse.ArgumentParser, args, workload: Workload) -> None:
+    """Train what the results do not hold yet; every argument is checked before."""
     try:
-        specs = [optimizers.parse(text) for text in args.optimizers]
-        trainers = [_trainer(args, workload, spec, steps) for spec in specs]
-        sizes = [trainer.bytes_per_parameter() for trainer in trainers]
-        rates = [_rates(args, spec) for spec in specs]
+        plan = check(args, workload)
         store = results.Results(args.output / f"{workload.name}.json")
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-
     seeds = range(args.seeds)
     groups = [seeds[i : i + args.batch_seeds] for i in seeds[:: args.batch_seeds]]
-    for spec, trainer, size, peaks in zip(specs, trainers, sizes, rates, strict=True):
-        for peak, group in itertools.product(peaks, groups):
-            configs = [
-                _config(args, workload, spec, steps, evaluations, peak, seed)
-                for seed in group
-            ]
+    for spec, rates, trainer, size in zip(*plan[2:], strict=True):
+        for peak, group in itertools.product(rates, groups):
+            configs = [_config(args, workload, spec, plan, peak, s) for s in group]
             title = f"{spec} lr {peak:g} seeds {','.join(map(str, group))}"
             if all(config in store for config in configs):
                 print(f"{title}: there already")
                 continue
-            outcomes = trainer.run(peak, group, steps, evaluations, title)
+            outcomes = trainer.run(peak, group, plan.steps, plan.evaluations, title)
             fixed = {
                 "bytes_per_parameter": round(size[0], 4),
                 "parameters": size[1],
                 "machine": _machine(args.batch_seeds),
             }
-            store.add(
-                [
-                    {"config": config, **outcome, **fixed}
-                    for config, outcome in zip(configs, outcomes, strict=True)
-                ]
-            )
-            print(f"{title}: {_line(outcomes)}")
+            pairs = zip(configs, outcomes, strict=True)
+            store.add([{"config": c, **outcome, **fixed} for c, outcome in pairs])
+            print(f"{title}: {_line(outcomes)}", flush=True)
     print(f"results are in {store.path}")
-    return store
 
 
 def _trainer(args, workload, spec, steps):
@@ -166,7 +180,7 @@ def _rates(args, spec) -> Sequence[float]:
         ) from None
 
 
-def _config(args, workload, spec, steps, evaluations, peak, seed):
+def _config(args, workload, spec, plan, peak, seed):
     """Return everything that a result depends on, beside the versions."""
     return {
         "workload": workload.name,
@@ -176,8 +190,8 @@ def _config(args, workload, spec, steps, evaluations, peak, seed):
         "learning_rate": peak,
         "schedule": args.schedule,
         "warmup": args.warmup,
-        "steps": steps,
-        "evaluations": evaluations,
+        "steps": plan.steps,
+        "evaluations": plan.evaluations,
         "seed": seed,
     }
 

@@ -188,9 +188,10 @@ def make(spec: Spec, schedule: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _metric(value):
-    if not hasattr(efcp_jax, "diagonal_metric"):
+    factory = getattr(efcp_jax, "diagonal_metric", None)
+    if factory is None:
         raise ValueError(
             "this efcp_jax has no `diagonal_metric`; leave out the setting `metric` or"
             " install a newer one"
         )
-    return efcp_jax.diagonal_metric(**({} if value is True else value))
+    return factory(**({} if value is True else value))

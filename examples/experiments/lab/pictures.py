@@ -38,10 +38,19 @@ def digits(classes: range = range(10)) -> Pictures:
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     kept = np.isin(labels, classes)
     images, labels = images[kept], labels[kept].astype(np.int32)
-    train, test, *both = train_test_split(images, labels, test_size=0.2, random_state=0)
+    order = np.arange(len(images))
+    train, test = map(
+        np.asarray, train_test_split(order, test_size=0.2, random_state=0)
+    )
     name = "digits" if len(classes) == 10 else f"digits {classes[0]}-{classes[-1]}"
     return Pictures(
-        name, (train, both[0]), (test, both[1]), 10, (0.0,), (1.0,), augment=False
+        name=name,
+        train=(images[train], labels[train]),
+        test=(images[test], labels[test]),
+        classes=10,
+        mean=(0.0,),
+        deviation=(1.0,),
+        augment=False,
     )
 
 

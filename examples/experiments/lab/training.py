@@ -25,8 +25,8 @@ class Trainer:
         workload: What is trained.
         optimizer: From the peak of the learning rate, traced, to the optimizer.
         together: Seeds that are trained at once by `jax.vmap`; 1 compiles no batching.
-        scan: Whether many steps are compiled into one `jax.lax.scan`. None for all
-            platforms but CPUs, whose convolutions are 15 to 20 times slower in a loop.
+        scan: Whether many steps are compiled into one `jax.lax.scan`. None for all but
+            convolutions on CPUs, which are 15 to 20 times slower in a compiled loop.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Trainer:
         self.workload = workload
         self.optimizer = optimizer
         self.together = together
-        self.scan = jax.default_backend() != "cpu" if scan is None else scan
+        slow = workload.convolutions and jax.default_backend() == "cpu"
+        self.scan = not slow if scan is None else scan
         over = lambda function, *axes: (
             jax.vmap(function, in_axes=axes) if together > 1 else function
         )
@@ -65,7 +66,11 @@ class Trainer:
         evaluations: int,
         title: str = "",
     ) -> list[dict[str, Any]]:
-        """Train `together` seeds and return what each of them is judged by.
+        """Train `together` seeds and return what each of them is judged by."""
+        return self.fit(peak, seeds, steps, evaluations, title)[0]
+
+    def fit(self, peak, seeds, steps, evaluations, title=""):
+        """Train, and return the outcome of every seed, parameters and statistics.
 
         Compilation and evaluation are not in the seconds. Seeds that are trained at
         once share them.
@@ -97,7 +102,8 @@ class Trainer:
                 progress.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 if not np.isfinite(held_out[-1]["loss"]).any():
                     break  # it does not come back
-        return [_result(i, curve, held_out) for i in range(len(seeds))]
+        outcomes = [_result(i, curve, held_out) for i in range(len(seeds))]
+        return outcomes, carry[0], carry[1]
 
     def evaluate(self, params, statistics) -> dict[str, np.ndarray]:
         """Return the mean loss and the accuracy on the held-out data, one a seed."""

@@ -26,6 +26,7 @@ class Workload(NamedTuple):
             `loss` and `correct`.
         per_epoch: Batches that make an epoch.
         chunk: Most steps that are compiled into one loop; fewer where items are large.
+        convolutions: Whether the model has any, which decides how CPUs loop.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Workload(NamedTuple):
     evaluate: Callable[[Any, Any, Any, Any], dict[str, jax.Array]]
     per_epoch: int
     chunk: int = 50
+    convolutions: bool = False
 
 
 def shuffled(examples: int, batch_size: int, rng: np.random.Generator):
