@@ -1,0 +1,214 @@
+"""Figures of a table: curves, memory, feedback and sensitivity, each a small PNG."""
+
+import inspect
+import io
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from lab.optimizers import ALIASES, REGISTRY, Spec
+from lab.summary import Line, Table
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+
+DPI = 80
+PALETTE = 160  # colours of a file
+MOST = 12  # lines that can be told apart, those of lowest loss
+COLORS = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
+STYLES = ("-", "--", ":", "-.")
+LOG = 8  # ratio of losses from which their axis is logarithmic
+
+
+def curves(table: Table):
+    """Draw the loss against steps and against seconds, at the best learning rates."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for i, line in enumerate(_lowest(table)):
+        loss = line.curve("loss")
+        style = {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 4]}
+        for axis, name in zip(axes, ("step", "seconds"), strict=True):
+            x = line.curve(name).mean(axis=0)
+            axis.plot(x, loss.mean(axis=0), label=_name(line.spec), **style)
+            axis.fill_between(
+                x, loss.min(axis=0), loss.max(axis=0), alpha=0.15, color=style["color"]
+            )
+    for axis, name in zip(axes, ("step", "seconds"), strict=True):
+        axis.set(xlabel=name)
+        axis.grid(alpha=0.3)
+    _loss_axis(axes[0])
+    return _legend_below(figure, axes[0])
+
+
+def memory(table: Table):
+    """Draw loss and accuracy against the bytes of state a parameter."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for i, line in enumerate(_lowest(table)):
+        x = max(line.runs[0]["bytes_per_parameter"], 0.1)  # logarithmic
+        style = {"color": COLORS[i % 10], "marker": "osD^"[i // 10 % 4]}
+        for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+            values = line.values(name)
+            bars = [[values.mean() - values.min()], [values.max() - values.mean()]]
+            axis.errorbar(
+                x,
+                values.mean(),
+                yerr=bars,
+                linestyle="",
+                label=_name(line.spec),
+                **style,
+            )
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        axis.set(xscale="log", xlabel="bytes of state a parameter", ylabel=name)
+        axis.grid(alpha=0.3)
+    _loss_axis(axes[0])
+    return _legend_below(figure, axes[0])
+
+
+def feedback(table: Table):
+    """Draw the loss with and without error feedback; None without such a pair."""
+    best = {str(line.spec): line for line in _finite(table.best())}
+    pairs = []
+    for line in best.values():
+        if line.spec.settings.get("error_feedback") is False:
+            partner = best.get(str(_without(line.spec, "error_feedback")))
+            if partner:
+                pairs.append((partner, line))
+    if not pairs:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.7 * len(pairs)))
+    names = [_name(with_feedback.spec) for with_feedback, _ in pairs]
+    for offset, label in ((-0.2, "error feedback"), (0.2, "none")):
+        lines = [pair[offset > 0] for pair in pairs]
+        y = np.arange(len(pairs)) + offset
+        means = [line.values("loss").mean() for line in lines]
+        axis.barh(y, means, height=0.35, label=label, alpha=0.7)
+        for at, line in zip(y, lines, strict=True):
+            axis.plot(line.values("loss"), np.full(len(line.runs), at), "k.", ms=4)
+    axis.set(yticks=range(len(pairs)), yticklabels=names, xlabel="loss")
+    axis.invert_yaxis()
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def sensitivity(table: Table):
+    """Draw the loss against the learning rate, and against damping or eps.
+
+    None where neither was varied.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    best = table.best()
+    for i, chosen in enumerate(_lowest(table)):
+        lines = _finite(table.of(chosen.spec))
+        if len(lines) > 1:
+            rates = np.array([line.learning_rate for line in lines])
+            style = {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 4]}
+            centre = REGISTRY[chosen.spec.name].centre(chosen.spec.settings)
+            _band(axes[0], rates / centre, lines, style, _name(chosen.spec))
+    families: dict[str, list[tuple[float, Line]]] = {}
+    for line in _finite(best):
+        name, value = damping(line.spec)
+        if name:
+            label = f"{_name(_without(line.spec, name))}, {name}"
+            families.setdefault(label, []).append((value, line))
+    for i, (label, family) in enumerate(sorted(families.items())):
+        if len(family) > 1:
+            family.sort(key=lambda each: each[0])
+            values, lines = zip(*family, strict=True)
+            _band(axes[1], np.array(values), lines, {"color": COLORS[i % 10]}, label)
+    if not any(axis.lines for axis in axes):
+        plt.close(figure)
+        return None
+    axes[0].set(xlabel="learning rate / centre of its grid")
+    axes[1].set(xlabel="damping or eps, each at its best learning rate")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.set_xscale("log")
+    if axes[1].lines:
+        axes[1].legend(fontsize=7)
+    _loss_axis(axes[0])
+    return _legend_below(figure, axes[0])
+
+
+def damping(spec: Spec) -> tuple[str, float]:
+    """Return the name and the value of the damping of a specification, or none."""
+    if spec.name not in ALIASES:
+        return "", 0.0
+    name = "eps" if "ggt" in spec.name else "damping"
+    default = inspect.signature(REGISTRY[spec.name].make).parameters[name].default
+    return name, float(spec.settings.get(name, default))
+
+
+def _without(spec, name):
+    return Spec(spec.name, {k: v for k, v in spec.settings.items() if k != name})
+
+
+def _finite(lines):
+    """Leave out what has diverged, which no axis has room for."""
+    return [line for line in lines if np.isfinite(line.values("loss")).all()]
+
+
+def _lowest(table):
+    """Return the best lines of the baselines, and of our optimizers of lowest loss."""
+    lines = _finite(table.best())
+    lines.sort(key=lambda line: line.values("loss").mean())
+    ours = [line for line in lines if line.spec.name in ALIASES]
+    baselines = [line for line in lines if line.spec.name not in ALIASES]
+    return baselines + ours[: MOST - len(baselines)]
+
+
+def _name(spec):
+    """Return a specification as a legend has room for it."""
+    short = {'"': "", "bfloat16": "bf16", "error_feedback": "feedback"}
+    text = str(spec)
+    for old, new in short.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _band(axis, x, lines, style, label):
+    losses = [line.values("loss") for line in lines]
+    axis.plot(x, [v.mean() for v in losses], marker=".", label=label, **style)
+    lowest, highest = [v.min() for v in losses], [v.max() for v in losses]
+    axis.fill_between(x, lowest, highest, alpha=0.15, color=style["color"])
+
+
+def _loss_axis(axis):
+    low, high = axis.dataLim.y0, axis.dataLim.y1
+    if low > 0 and high / low > LOG:
+        axis.set_yscale("log")
+    axis.set_ylabel("loss on held-out data")
+
+
+def _legend_below(figure, axis):
+    """Put one legend under both axes, in a figure that grows with it."""
+    handles, labels = axis.get_legend_handles_labels()
+    if not labels:
+        return figure
+    columns = 4 if max(map(len, labels)) < 26 else 2
+    inches = 0.15 + 0.17 * -(-len(labels) // columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + inches)
+    figure.tight_layout(rect=(0, inches / (height + inches), 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=7)
+    return figure
+
+
+KINDS = {
+    "curves": curves,
+    "memory": memory,
+    "feedback": feedback,
+    "sensitivity": sensitivity,
+}
+
+
+def save(figure, path) -> None:
+    """Write a figure as a small PNG, of few colours."""
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=DPI)
+    plt.close(figure)
+    Image.open(whole).convert("RGB").quantize(PALETTE).save(path, optimize=True)

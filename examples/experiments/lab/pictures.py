@@ -1,0 +1,111 @@
+"""Data sets of images that fit into memory: digits and CIFAR-10."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+class Pictures(NamedTuple):
+    """Images `(examples, height, width, channels)` of bytes, and labels.
+
+    Attributes:
+        name: Part of the key of every result.
+        train: Images and labels.
+        test: Images and labels.
+        classes: How many labels there are.
+        mean: Mean of every channel, in [0, 1].
+        deviation: Standard deviation of every channel.
+        augment: Whether training images are shifted and flipped.
+    """
+
+    name: str
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    augment: bool
+
+
+def digits(classes: range = range(10)) -> Pictures:
+    """Return scikit-learn's digits of some classes, a fifth of them held out."""
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    kept = np.isin(labels, classes)
+    images, labels = images[kept], labels[kept].astype(np.int32)
+    order = np.arange(len(images))
+    train, test = map(
+        np.asarray, train_test_split(order, test_size=0.2, random_state=0)
+    )
+    name = "digits" if len(classes) == 10 else f"digits {classes[0]}-{classes[-1]}"
+    return Pictures(
+        name=name,
+        train=(images[train], labels[train]),
+        test=(images[test], labels[test]),
+        classes=10,
+        mean=(0.0,),
+        deviation=(1.0,),
+        augment=False,
+    )
+
+
+def cifar10(folder: Path) -> Pictures:
+    """Return CIFAR-10 from its binary form, `data_batch_1.bin` and so on.
+
+    Every record is a byte of label and 32 x 32 bytes of red, of green and of blue.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is no whole number of records, or has labels above 9.
+    """
+    inner = folder / "cifar-10-batches-bin"
+    folder = inner if inner.is_dir() else folder
+    parts = [_records(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
+    images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Pictures(
+        "cifar10",
+        (images, labels),
+        _records(folder / "test_batch.bin"),
+        10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        augment=True,
+    )
+
+
+def _records(path):
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing; --data-dir takes the folder of CIFAR-10's binary"
+            " version, cifar-10-binary.tar.gz unpacked"
+        )
+    data = np.fromfile(path, np.uint8)
+    if not data.size or data.size % 3073:
+        raise ValueError(f"{path} has {data.size} bytes, which are no records of 3073")
+    records = data.reshape(-1, 3073)
+    labels = records[:, 0].astype(np.int32)
+    if labels.max() > 9:
+        raise ValueError(f"{path} has labels up to {labels.max()}; there are 0 to 9")
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels
+
+
+def shift_and_flip(images: jax.Array, key: jax.Array, pad: int = 4) -> jax.Array:
+    """Shift every image by up to `pad` pixels over zeros, and flip half of them."""
+    count, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    where, which = jax.random.split(key)
+    corners = jax.random.randint(where, (count, 2), 0, 2 * pad + 1)
+    flips = jax.random.bernoulli(which, 0.5, (count,))
+
+    def one(image, corner, flip):
+        start = (corner[0], corner[1], 0)
+        cut = jax.lax.dynamic_slice(image, start, (height, width, channels))
+        return jnp.where(flip, cut[:, ::-1], cut)
+
+    return jax.vmap(one)(padded, corners, flips)

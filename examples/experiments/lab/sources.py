@@ -1,0 +1,74 @@
+"""Where images come from: the options, and the workload that they ask for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from lab import classifier, folders, pictures
+from lab.command import positive
+from lab.workload import Workload
+
+
+# From the classes and the shape of an image to what makes a model.
+Model = Callable[[int, tuple[int, int, int]], Callable[[nnx.Rngs], nnx.Module]]
+
+
+def add_options(parser) -> None:
+    """Add the options of the data."""
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data-dir",
+        type=Path,
+        help="CIFAR-10's binary files, or `train` and `val` with a folder a class;"
+        " without it scikit-learn's digits",
+    )
+    add("--batch-size", type=positive(int), default=64, help="(default: 64)")
+    add(
+        "--image-size",
+        type=positive(int),
+        default=224,
+        help="sides of images from folders (default: 224)",
+    )
+
+
+def workload(args, model: Model, name: str, config: dict[str, Any]) -> Workload:
+    """Return the workload of the arguments.
+
+    Args:
+        args: The options of `add_options`.
+        model: The model, before classes and shapes are known.
+        name: Names the file of the results.
+        config: What tells the model from others, JSON values.
+
+    Raises:
+        FileNotFoundError: A folder without images.
+        ValueError: Files that are not what they should be, or too few.
+    """
+    folder = args.data_dir
+    if folder and (folder / "train").is_dir():
+        return _streamed(args, model, name, config)
+    data = pictures.cifar10(folder) if folder else pictures.digits()
+    make = model(data.classes, data.train[0].shape[1:])
+    return classifier.in_memory(data, make, config, args.batch_size, name)
+
+
+def _streamed(args, model, name, config):
+    found = folders.find(args.data_dir, args.image_size)
+    if args.batch_size > len(found.train):
+        raise ValueError(
+            f"--batch-size {args.batch_size} is above the {len(found.train)} images"
+        )
+    label = f"{args.data_dir.resolve().name} {args.image_size}"
+    sizes = {"images": len(found.train), "batch_size": args.batch_size}
+    shape = (args.image_size, args.image_size, 3)
+    return classifier.streamed(
+        name,
+        {"data": label, **config, **sizes},
+        model(len(found.classes), shape),
+        folders.describe(found, label),
+        lambda rng: folders.batches(found, args.batch_size, rng),
+        lambda: folders.evaluations(found, args.batch_size),
+        len(found.train) // args.batch_size,
+    )
