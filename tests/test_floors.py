@@ -19,6 +19,7 @@ PUBLIC = {
     "top_k",
     "low_rank",
     "by_label",
+    "adaptive_damping",
     "error_feedback",
     "scale_by_mfac",
     "scale_by_ggt",
@@ -61,6 +62,7 @@ CHECKS = {"_validate", "_validate_trees"}
 M_BY_M = {"preconditioners/system.py", "preconditioners/root.py"}
 # Types of states, for isinstance and annotations.
 STATES = {
+    "AdaptiveDampingState",
     "ErrorFeedbackState",
     "MonitorState",
     "ScaleByMfacState",

@@ -85,7 +85,7 @@ def inverse_fisher_product(
         float32, but not less than the rounding unit; rounding $y$ alone costs a tenth
         of that. Trees along the longest rows have small $y$: they stay below 1e-4 up to
         $\kappa$ of 3e5. Trees across the rows have $|y| = |x| / \lambda$ and stay
-        below it up to 3e3. From 1e7 on the residual is about 1, and the damping must be
+        below it up to 2e3. From 1e7 on the residual is about 1, and the damping must be
         larger.
         Call it under `jax.jit`, and under `jax.vmap` for several trees.
     """

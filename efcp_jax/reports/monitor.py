@@ -86,8 +86,8 @@ def monitor(
         A step costs about 20 reads of the gradient and the update, 15 of them of 2
         bytes an entry, and an eigendecomposition of each m x m Gram matrix:
         `every=100` makes that negligible. Under `jax.vmap` it is paid in every step.
-        Memory: 2 bytes a parameter while figures are made. On a mesh only sums over
-        arrays where they live.
+        Memory: 2 to 4 bytes a parameter while figures are made. On a mesh only sums
+        over arrays where they live.
         The angle is resolved to about 0.03 degrees in float32. A gradient with an entry
         that is not a number makes `cosine`, `angle` and `gradient_norm` NaN until
         figures are made again.
