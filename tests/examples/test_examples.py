@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
@@ -78,3 +80,51 @@ def test_readme_names_every_example():
     scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
     assert len(scripts) > 3
     assert [name for name in scripts if f"`{name}`" not in text] == []
+
+
+def losses(text):
+    """Return the loss behind every name."""
+    found = re.findall(r"^(\S.*?) +loss (\S+), accuracy", text, re.M)
+    return {name: float(loss) for name, loss in found}
+
+
+def test_a_replaced_line_trains_as_well_as_dense_rows_in_a_tenth_of_the_memory():
+    found = losses(output("01_quick_start.py"))
+    assert found["sparse GGT"] < 1.3 * found["dense GGT, the reference"]
+    assert found["sparse GGT"] < found["AdamW"]
+
+
+def test_every_compressor_comes_near_to_dense_rows():
+    found = losses(output("02_choose_a_compressor.py"))
+    assert len(found) == 6
+    reference = found.pop("dense, the reference")
+    assert max(found.values()) < 1.5 * reference
+
+
+def test_memory_is_planned_without_allocating_any():
+    text = output("03_plan_memory.py")
+    sizes = [float(each) for each in re.findall(r"(\S+) bytes a parameter", text)]
+    assert sizes == [2.75, 5.0, 26.0, 2.01]
+    assert "window.rows.values" in text
+
+
+def test_the_tools_of_optax_go_around_a_preconditioner():
+    found = losses(output("04_chain_with_optax.py"))
+    assert len(found) == 4
+    reference = found.pop("dense, the reference")
+    assert max(found.values()) < 1.5 * reference
+
+
+def test_feedback_serves_other_optimizers():
+    found = losses(output("05_feedback_for_other_optimizers.py"))
+    assert found["Adam, 4 of 128"] < found["Adam, 4 of 128, no feedback"]
+    assert found["Muon, 4 of 128"] < 2 * found["Muon, dense, the reference"]
+
+
+def test_a_training_is_a_scan_and_several_are_a_vmap():
+    lines = re.findall(r"^.* loss (.*)$", output("06_scan_many_runs.py"), re.M)
+    sparse, dense = (
+        [float(x) for x in re.findall(r"(\S+) at", each)] for each in lines
+    )
+    assert len(sparse) == len(dense) == 4
+    assert min(sparse) < 1.3 * min(dense)
