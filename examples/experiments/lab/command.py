@@ -134,8 +134,9 @@ def run(parser: argparse.ArgumentParser, args, workload: Workload) -> None:
     """Train what the results do not hold yet; every argument is checked before."""
     try:
         plan = check(args, workload)
+        args.output.mkdir(parents=True, exist_ok=True)
         store = results.Results(args.output / f"{workload.name}.json")
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     seeds = range(args.seeds)
     groups = [seeds[i : i + args.batch_seeds] for i in seeds[:: args.batch_seeds]]
