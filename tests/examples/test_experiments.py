@@ -2,6 +2,8 @@
 
 import json
 
+import chex
+import jax
 import numpy as np
 import pytest
 
@@ -109,6 +111,33 @@ def test_seeds_at_once_and_compiled_loops_change_nothing(load, tmp_path, how):
             np.testing.assert_allclose(a["curve"][name], b["curve"][name], rtol=1e-4)
 
 
+def test_fine_tuning_starts_from_what_the_first_half_has_trained(load, tmp_path):
+    args = ("--model", "cnn1d", "--base-steps", "2")
+    (first,) = run(load, "finetune", tmp_path / "first", *args)
+    (base,) = (path for path in (tmp_path / "first").iterdir() if path.is_dir())
+    given = (*args[:2], "--params", str(base))
+    (again,) = run(load, "finetune", tmp_path / "again", *given)
+    assert again["config"] == first["config"]
+    assert again["curve"]["loss"] == pytest.approx(first["curve"]["loss"], rel=1e-5)
+    longer = (*args[:3], "3")
+    (other,) = run(load, "finetune", tmp_path / "other", *longer)
+    assert other["config"]["start"] != first["config"]["start"]
+
+
+def test_checkpoints_keep_parameters_and_batch_statistics(load, tmp_path):
+    convolutional, split = load("lab.convolutional"), load("lab.classifying").split
+    _, init = split(lambda rngs: convolutional.Residual(2, 4, 2, rngs))
+    states = jax.tree.map(lambda x: x + 0.1, init(jax.random.key(1)))
+    checkpoints = load("lab.checkpoints")
+    checkpoints.save(tmp_path / "kept", *states)
+    restored = checkpoints.restore(tmp_path / "kept", init)
+    assert len(jax.tree.leaves(states[1])) == 6  # three norms
+    chex.assert_trees_all_equal(restored, states)
+    _, other = split(lambda rngs: convolutional.LineCNN(10, 1, rngs))
+    with pytest.raises(ValueError, match="no parameters of this model"):
+        checkpoints.restore(tmp_path / "kept", other)
+
+
 def test_what_is_there_is_not_run_again(load, tmp_path, capsys):
     run(load, "probe", tmp_path, "--learning-rates", "0.1", "0.2")
     before = json.loads((tmp_path / "probe.json").read_text())
@@ -168,6 +197,8 @@ def test_a_run_that_diverges_is_stopped_and_said_to(load, tmp_path):
         ("probe", "--optimizers sgd:rank=2", "sgd has no setting rank"),
         ("probe", "--optimizers sparse_ggt:density=3", "must be in (0, 1]"),
         ("probe", "--optimizers sgd:momentum", "write key=value"),
+        ("probe", "--optimizers ggt:momentum=much", "`momentum` must be"),
+        ("probe", "--optimizers ggt:window_size=0", "`window_size` must be"),
         ("probe", "--optimizers sgd:{]", "are no JSON"),
         ("probe", "--learning-rates grid 3", "--learning-rates takes"),
         ("probe", "--learning-rates -1", "--learning-rates takes"),

@@ -124,9 +124,9 @@ def check(args, workload: Workload) -> Plan:
             f"--batch-seeds {args.batch_seeds} must divide --seeds {args.seeds}"
         )
     specs = [optimizers.parse(text) for text in args.optimizers]
-    rates = [_rates(args, spec) for spec in specs]
     trainers = [_trainer(args, workload, spec, steps) for spec in specs]
-    sizes = [trainer.bytes_per_parameter() for trainer in trainers]
+    sizes = [trainer.bytes_per_parameter() for trainer in trainers]  # checks settings
+    rates = [_rates(args, spec) for spec in specs]
     return Plan(steps, evaluations, specs, rates, trainers, sizes)
 
 
