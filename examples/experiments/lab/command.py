@@ -124,9 +124,9 @@ def check(args, workload: Workload) -> Plan:
             f"--batch-seeds {args.batch_seeds} must divide --seeds {args.seeds}"
         )
     specs = [optimizers.parse(text) for text in args.optimizers]
-    rates = [_rates(args, spec) for spec in specs]
     trainers = [_trainer(args, workload, spec, steps) for spec in specs]
-    sizes = [trainer.bytes_per_parameter() for trainer in trainers]
+    sizes = [trainer.bytes_per_parameter() for trainer in trainers]  # checks settings
+    rates = [_rates(args, spec) for spec in specs]
     return Plan(steps, evaluations, specs, rates, trainers, sizes)
 
 
@@ -134,8 +134,9 @@ def run(parser: argparse.ArgumentParser, args, workload: Workload) -> None:
     """Train what the results do not hold yet; every argument is checked before."""
     try:
         plan = check(args, workload)
+        args.output.mkdir(parents=True, exist_ok=True)
         store = results.Results(args.output / f"{workload.name}.json")
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     seeds = range(args.seeds)
     groups = [seeds[i : i + args.batch_seeds] for i in seeds[:: args.batch_seeds]]

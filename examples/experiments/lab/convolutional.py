@@ -27,16 +27,18 @@ class Residual(nnx.Module):
         self.norm1 = nnx.BatchNorm(fan_out, momentum=0.9, rngs=rngs)
         self.conv2 = _convolution(fan_out, fan_out, 3, 1, rngs)
         self.norm2 = nnx.BatchNorm(fan_out, momentum=0.9, rngs=rngs)
-        changes = stride > 1 or fan_in != fan_out
-        self.project = (
-            _convolution(fan_in, fan_out, 1, stride, rngs) if changes else None
-        )
+        self.changes = stride > 1 or fan_in != fan_out
+        if self.changes:
+            self.project = _convolution(fan_in, fan_out, 1, stride, rngs)
+            self.norm_project = nnx.BatchNorm(fan_out, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Map `(batch, height, width, channels)` to the next features."""
         y = nnx.relu(self.norm1(self.conv1(x), use_running_average=not train))
         y = self.norm2(self.conv2(y), use_running_average=not train)
-        return nnx.relu(y + (x if self.project is None else self.project(x)))
+        if self.changes:
+            x = self.norm_project(self.project(x), use_running_average=not train)
+        return nnx.relu(y + x)
 
 
 class ResNet(nnx.Module):

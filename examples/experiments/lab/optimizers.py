@@ -93,7 +93,7 @@ for _name in ALIASES:
         getattr(efcp_jax, _name),
         lambda settings, ggt="ggt" in _name: (
             (1.0 if ggt else 1 / (settings.get("window_size") or 64))
-            * (1 - settings.get("momentum", 0.0))
+            * (1 - (settings.get("momentum") or 0.0))
         ),
     )
 

@@ -41,7 +41,6 @@ class Results:
         step, so that a run that is stopped leaves the old one or the new one.
         """
         self.runs = self._read() | {key(run["config"]): _finite(run) for run in runs}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self.runs, indent=1, allow_nan=False) + "\n")
         os.replace(temporary, self.path)
