@@ -5,28 +5,33 @@ from jax import lax
 import jax.numpy as jnp
 
 
-# What is loaded in place of a dtype.
-_PATTERNS = {
-    jnp.dtype(jnp.float16): jnp.int16,
-    jnp.dtype(jnp.float8_e4m3fn): jnp.uint8,
-}
+_F8 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 def readable(values: jax.Array) -> jax.Array:
-    """Return floats of 8 bits as uint8 and float16 as int16, which kernels can load."""
-    pattern = _PATTERNS.get(values.dtype)
-    return values if pattern is None else lax.bitcast_convert_type(values, pattern)
+    """Return float16 as int16, which kernels for TPUs can load."""
+    if values.dtype == jnp.float16:
+        return lax.bitcast_convert_type(values, jnp.int16)
+    return values
+
+
+def pattern(values: jax.Array) -> jax.Array:
+    """Return floats of 8 bits as uint8: XLA for TPUs would copy them, others do not."""
+    if values.dtype == _F8:
+        return lax.bitcast_convert_type(values, jnp.uint8)
+    return values
 
 
 def floats(values: jax.Array) -> jax.Array:
-    """Return float32 of what `readable` returns."""
+    """Return float32 of values, or of what `readable` or `pattern` makes of them."""
+    values = pattern(values)
     if values.dtype == jnp.uint8:
         return _eighths(values.astype(jnp.int32))
     if values.dtype == jnp.int8:
         return values.astype(jnp.int32).astype(jnp.float32)
-    if values.dtype != jnp.int16:
-        return values.astype(jnp.float32)
-    return _halves(values.astype(jnp.int32))
+    if values.dtype == jnp.int16:
+        return _halves(values.astype(jnp.int32))
+    return values.astype(jnp.float32)
 
 
 def _halves(bits: jax.Array) -> jax.Array:

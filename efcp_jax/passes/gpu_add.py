@@ -66,7 +66,7 @@ def add(
         out_shape=jax.ShapeDtypeStruct((count,), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS),
         interpret=interpret,
-    )(bits.readable(values), offsets, weights)
+    )(bits.pattern(values), offsets, weights)
 
 
 def _kernel(entries, size, values, offsets, weights, out):
