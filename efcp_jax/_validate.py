@@ -63,21 +63,60 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def floating_dtype(name: str, value: Any) -> np.dtype | None:
-    """Return `value` as a dtype, or raise if it is not a real floating dtype."""
+    """Return `value` as a dtype, or raise if it is no real one of 16 bits or more."""
     if value is None:
         return None
+    dtype = _dtype(name, value)
+    if not _is_wide(dtype):
+        narrow = (
+            " Values of 8 bits there are for `value_dtype` of `top_k` only."
+            if dtype.itemsize == 1
+            else ""
+        )
+        raise ValueError(
+            f"`{name}` must be a real floating dtype of at least 16 bits, got {dtype}."
+            f" Pass jnp.float32 or jnp.bfloat16.{narrow}"
+        )
+    return dtype
+
+
+def stored_dtype(
+    name: str, value: Any, narrow: tuple[str, ...], fits: bool, remedy: str
+) -> np.dtype | None:
+    """Return `value` as a dtype, or raise if entries cannot be stored in it.
+
+    Args:
+        name: The argument.
+        value: What was passed; None stands for itself.
+        narrow: Names of the dtypes of 8 bits that there are.
+        fits: Whether they may be used.
+        remedy: Why not, and what to do.
+    """
+    if value is None:
+        return None
+    dtype = _dtype(name, value)
+    if not _is_wide(dtype) and dtype.name not in narrow:
+        options = ", ".join(f"jnp.{each}" for each in ("bfloat16", *narrow))
+        raise ValueError(
+            f"`{name}` must be a real floating dtype of at least 16 bits or"
+            f" {' or '.join(narrow)}, got {dtype}. Pass one of jnp.float32, {options}."
+        )
+    if not _is_wide(dtype) and not fits:
+        raise ValueError(f"`{name}` must not be {dtype} here. {remedy}")
+    return dtype
+
+
+def _dtype(name: str, value: Any) -> np.dtype:
     try:
-        dtype = jnp.dtype(value)
+        return jnp.dtype(value)
     except TypeError as error:
         raise TypeError(
             f"`{name}` must be a floating dtype such as jnp.bfloat16, got {value!r}."
         ) from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"`{name}` must be a real floating dtype, got {dtype}. Pass jnp.float32 or"
-            " jnp.bfloat16."
-        )
-    return dtype
+
+
+def _is_wide(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -33,7 +33,16 @@ def padded(vectors, like):
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("name", ["top_k", "top_k-blocks", "top_k-blocks-bf16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "top_k",
+        "top_k-blocks",
+        "top_k-blocks-bf16",
+        "top_k-blocks-int8",
+        "top_k-blocks-f8",
+    ],
+)
 def test_row_and_error_add_up_bitwise(name, magnitude):
     stacked = cases.gradients(STEPS)
     stacked = jax.tree.map(lambda g: g * jnp.float32(magnitude), stacked)

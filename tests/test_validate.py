@@ -34,7 +34,14 @@ TOP_K = {"top_k": efcp_jax.top_k, **some(SPARSE)}
 BLOCKS = TOP_K
 RANK = {"low_rank": efcp_jax.low_rank, **some(LOW_RANK)}
 FEEDBACK = {"error_feedback": efcp_jax.error_feedback, **EVERY}
-VALUES = {"identity": efcp_jax.identity, **TOP_K, **RANK}
+WIDE = {"identity": efcp_jax.identity, **some(("mfac", "ggt")), **RANK}
+VALUES = {**WIDE, **TOP_K}
+ONE_BLOCK = {
+    "top_k": efcp_jax.top_k,
+    "top_k-4096": functools.partial(efcp_jax.top_k, block_size=4096),
+    "sparse_mfac": functools.partial(ALIASES["sparse_mfac"], block_size=257),
+}
+F8 = jnp.float8_e4m3fn
 
 # Argument, factories, bad value, error, range or kind, remedy.
 BAD = [
@@ -72,6 +79,12 @@ BAD = [
     ("skip_nonfinite", FEEDBACK, None, TypeError, "True or False", "True"),
     ("error_dtype", FEEDBACK, jnp.int8, ValueError, "floating", "jnp.bfloat16"),
     ("error_dtype", FEEDBACK, "narrow", TypeError, "floating", "jnp.bfloat16"),
+    ("error_dtype", FEEDBACK, F8, ValueError, "16 bits", "jnp.bfloat16"),
+    ("value_dtype", WIDE, jnp.int8, ValueError, "16 bits", "of `top_k` only"),
+    ("value_dtype", WIDE, F8, ValueError, "16 bits", "of `top_k` only"),
+    ("value_dtype", ONE_BLOCK, jnp.int8, ValueError, "tile", "block_size=256"),
+    ("value_dtype", ONE_BLOCK, F8, ValueError, "tile", "block_size=256"),
+    ("value_dtype", TOP_K, jnp.float8_e5m2, ValueError, "16 bits", "jnp.int8"),
     ("value_dtype", VALUES, jnp.uint8, ValueError, "floating", "jnp.bfloat16"),
     ("value_dtype", VALUES, jnp.complex64, ValueError, "floating", "jnp.bfloat16"),
     (
@@ -89,7 +102,7 @@ def shown(value):
     """Return how a message shows `value`."""
     if isinstance(value, np.ndarray):
         return "shape (2,)"
-    if isinstance(value, type(jnp.int8)) or value in (jnp.int8, jnp.uint8):
+    if isinstance(value, type(jnp.int8)):
         return jnp.dtype(value).name
     return str(value)
 

@@ -7,27 +7,58 @@ the rows of windows, whole arrays of NumPy.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.devices import positions
 from efcp_jax.devices.positions import inverse, take
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
+from efcp_jax.passes.scaled import ScaledRow, limits
 
 
 def _load(stored: Stored, storage: Storage) -> tuple[np.ndarray, np.ndarray]:
     """Do what `Storage.load` does on the host."""
+    if isinstance(stored, ScaledRow):
+        scales, values = (np.asarray(x) for x in (stored.scales, stored.values))
+        each = np.repeat(scales, values.shape[1] // scales.shape[1], axis=1)
+        values = values.astype(np.float32) * each.astype(np.float32)[:, :, None]
+        return values, np.asarray(stored.offsets)
     if isinstance(stored, SparseRow):
         return np.asarray(stored.values), np.asarray(stored.offsets)
     words = np.asarray(stored)
     return words.astype(np.uint16).view(storage.values), words >> 16
 
 
-def _store(values: np.ndarray, offsets: np.ndarray, storage: Storage) -> Any:
-    """Do what `Storage.store` does on the host."""
+def _store(values: np.ndarray, offsets: np.ndarray, storage: Storage, kept: int) -> Any:
+    """Do what `Storage.store` does on the host, to the rows of a window."""
+    if storage.scaled:
+        values, scales = _quantise(values, storage.values, kept)
+        offsets = offsets.astype(storage.offsets)
+        return ScaledRow(values, offsets, scales)  # pyright: ignore
     if not storage.words:
         return SparseRow(values, offsets.astype(storage.offsets))  # pyright: ignore
     return offsets.astype(np.uint32) << 16 | values.view(np.uint16)
+
+
+def _quantise(
+    values: np.ndarray, dtype: np.dtype, kept: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Do what `scaled.quantise` does on the host.
+
+    What comes from the same tile comes back as it was.
+    """
+    most, above = limits(dtype)
+    rows = values.reshape(len(values), -1, kept, values.shape[2])
+    peak = np.max(np.abs(rows), axis=(2, 3))
+    _, exponent = np.frexp(np.where(np.isfinite(peak), peak / above, 0))
+    scales = np.where(peak > 0, np.ldexp(np.float32(1), exponent), np.float32(0))
+    inverse = np.divide(1, scales, where=scales > 0, out=np.zeros_like(scales))
+    scaled = np.clip(rows * inverse[:, :, None, None], -most, most)
+    if np.issubdtype(dtype, np.integer):
+        scaled = np.rint(scaled)
+    scales = np.where(np.isfinite(peak), scales, np.nan)
+    return scaled.reshape(values.shape).astype(dtype), scales.astype(jnp.bfloat16)
 
 
 class DenseMover:
@@ -112,7 +143,7 @@ class SparseMover:
     def _stored(self, values: np.ndarray, offsets: np.ndarray) -> Any:
         """Return entries `(blocks, m, k)` as the new space keeps them."""
         put = self.new.passes.from_blocks
-        return _store(put(values), put(offsets), self.new.storage)
+        return _store(put(values), put(offsets), self.new.storage, self.new.passes.kept)
 
 
 class FactorMover:

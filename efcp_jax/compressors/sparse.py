@@ -67,7 +67,7 @@ class SparseSpace:
 
     def specs(self):  # noqa: D102
         spec: Any = self.blocks.spec
-        return spec, self.storage.pair(spec), None
+        return spec, self.storage.each(spec), None
 
     def accumulate(self, tree, vector, accept):  # noqa: D102
         return self.blocks.accumulate(tree, vector, accept)

@@ -8,6 +8,8 @@ import numpy as np
 from efcp_jax import _validate
 from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.layout import Layout
+from efcp_jax.passes.scaled import DTYPES
+from efcp_jax.passes.tiles import LARGEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +55,19 @@ def top_k(
             2 bytes up to 256 or 65,536. Up to 256 nothing is gathered or scattered, and
             accelerators are fast as well; powers of two suit them best. None makes one
             block of all parameters. Blocks larger than the model are cut down to it.
-        value_dtype: Floating dtype of the stored values. None stores them in the
-            working dtype (float32, or float64 for float64 parameters);
-            `jnp.bfloat16` makes an entry 3 bytes (4 in blocks of more than 256), and
-            error feedback carries the rounding over to the next step.
+        value_dtype: Dtype of the stored values. None stores them in the working dtype
+            (float32, or float64 for float64 parameters). A floating dtype of 16 bits,
+            `jnp.bfloat16`, makes an entry 3 bytes (4 in blocks of more than 256);
+            `jnp.int8` and `jnp.float8_e4m3fn` make it 2, in blocks of up to 256 only.
+            Error feedback carries the rounding over to the next step.
 
     Returns:
         An immutable compressor, for the `compressor` argument of the transformations.
 
     Raises:
         TypeError: An argument is of the wrong type, or traced.
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or values of 8 bits meet blocks of more
+            than 256 entries.
 
     Examples:
         >>> import efcp_jax
@@ -84,13 +88,28 @@ def top_k(
         repeat bit for bit, and TPUs compare m k^2 and multiply 2 m k B numbers a block:
         prefer small blocks there, and windows whose m k is a multiple of 8, which else
         are copied. Over several devices, one block means one block a device.
+
+        Values of 8 bits are multiples of a power of two that each row has for every
+        tile of 128 blocks, 2 bytes. int8 has steps of 1/64 to 1/128 of the largest
+        value of the tile, and values below half a step become 0; float8_e4m3fn rounds
+        by up to 1/16 of each value, and reaches down to 2^-17 of the largest; bfloat16
+        rounds by up to 1/256 of each value. On TPUs they are selected in several passes
+        over the gradient where others take one.
     """
+    if block_size is not None:
+        block_size = _validate.positive_int("block_size", block_size)
     return TopK(
         density=_validate.fraction("density", density),
-        block_size=(
-            None
-            if block_size is None
-            else _validate.positive_int("block_size", block_size)
+        block_size=block_size,
+        value_dtype=_validate.stored_dtype(
+            "value_dtype",
+            value_dtype,
+            DTYPES,
+            fits=block_size is not None and block_size <= LARGEST,
+            remedy=(
+                "Values of 8 bits have a scale for each tile of small blocks, and there"
+                f" are no tiles of larger ones. Pass `block_size={LARGEST}` or less, or"
+                f" `value_dtype=jnp.bfloat16`; got `block_size={block_size}`."
+            ),
         ),
-        value_dtype=_validate.floating_dtype("value_dtype", value_dtype),
     )

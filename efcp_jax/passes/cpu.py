@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from efcp_jax.passes import reference
 from efcp_jax.passes.bisection import largest
-from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.entries import SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched
 from efcp_jax.passes.places import chunk_products, positions, shape
 from efcp_jax.passes.runs import part, sweep, write
@@ -46,7 +46,7 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
     return vector.at[block, offsets.astype(jnp.int32)].add(-values, unique_indices=True)
 
 
-def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     tiles, entries, lanes = window.values.shape
     kept = row.values.shape[1]
@@ -58,8 +58,7 @@ def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
         vector = reference.scatter(newest, size)
         offsets = reference.from_tiles(rows.offsets).astype(jnp.uint32)
         taken = jnp.take_along_axis(vector, offsets, 1, mode="promise_in_bounds")
-        values = rows.values.astype(vector.dtype)
-        return values * reference.to_tiles(taken, lanes)
+        return rows.load(vector.dtype) * reference.to_tiles(taken, lanes)
 
     def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
         return total + products(start, chunk)
@@ -74,17 +73,17 @@ def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
 
 
 def combine(
-    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+    window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     _, entries, lanes = window.values.shape
     each = reference.per_entry(window, weights)
 
     def sums(start: Any, chunk: int) -> jax.Array:
-        values, offsets = part(window, start, chunk)
-        values = values.astype(weights.dtype) * each
+        rows = part(window, start, chunk)
+        values = rows.load(weights.dtype) * each
         block = jnp.arange(chunk * lanes, dtype=jnp.uint32).reshape(chunk, 1, lanes)
-        index = offsets.astype(jnp.uint32) + size * block
+        index = rows.offsets.astype(jnp.uint32) + size * block
         zeros = jnp.zeros(chunk * lanes * size, weights.dtype)
         return zeros.at[index.reshape(-1)].add(
             values.reshape(-1), mode="promise_in_bounds"

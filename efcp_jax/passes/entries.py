@@ -3,7 +3,7 @@
 A word holds an offset in its upper and a value of half precision in its lower 16 bits.
 One array of integers is overwritten where it lies, row by row, where XLA on CPUs passes
 over the whole of an array of half precision; and an entry is one number to load, whose
-two halves are a shift away.
+two halves are a shift away. Values of 8 bits have scales in a third array.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+from efcp_jax.passes.scaled import ScaledRow, quantise
 
 
 class SparseRow(NamedTuple):
@@ -27,9 +29,16 @@ class SparseRow(NamedTuple):
     values: jax.Array
     offsets: jax.Array
 
+    def load(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Return the values in `dtype`."""
+        return self.values.astype(dtype)
 
-# A row, or a window of rows, as it is stored.
-Stored: TypeAlias = SparseRow | jax.Array
+
+# A row of small blocks, or a window of rows, as it is stored.
+Tiled: TypeAlias = SparseRow | ScaledRow
+
+# The same of blocks of any size.
+Stored: TypeAlias = Tiled | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +63,31 @@ class Storage:
         """Whether an entry is one word."""
         return self.values.itemsize == 2 and self.offsets == jnp.uint16
 
-    def pair(self, value: Any) -> Any:
+    @property
+    def scaled(self) -> bool:
+        """Whether values have a scale for each tile."""
+        return self.values.itemsize == 1
+
+    def each(self, value: Any) -> Any:
         """Return `value` for each array of a row."""
+        if self.scaled:
+            return ScaledRow(value, value, value)
         return value if self.words else SparseRow(value, value)
 
     def zeros(self, shape: tuple[int, ...]) -> Stored:
         """Return entries of value and offset 0."""
         if self.words:
             return jnp.zeros(shape, jnp.uint32)
-        return SparseRow(jnp.zeros(shape, self.values), jnp.zeros(shape, self.offsets))
+        row = jnp.zeros(shape, self.values), jnp.zeros(shape, self.offsets)
+        if self.scaled:
+            return ScaledRow(*row, jnp.zeros((shape[0], 1), jnp.bfloat16))
+        return SparseRow(*row)
 
     def store(self, values: jax.Array, offsets: jax.Array) -> Stored:
-        """Return the entries as they are stored; values are rounded."""
+        """Return the entries of a row as they are stored; values are rounded."""
+        if self.scaled:
+            values, scales = quantise(values, self.values)
+            return ScaledRow(values, offsets.astype(self.offsets), scales)
         values = values.astype(self.values)
         if not self.words:
             return SparseRow(values, offsets.astype(self.offsets))
@@ -79,8 +101,8 @@ class Storage:
 
         They are of 32 bits and unsigned, so that indexing looks for no negative ones.
         """
-        if isinstance(stored, SparseRow):
-            return stored.values.astype(dtype), stored.offsets.astype(jnp.uint32)
+        if isinstance(stored, Tiled):
+            return stored.load(dtype), stored.offsets.astype(jnp.uint32)
         if self.values == jnp.bfloat16:
             # The upper half of a float32.
             values = lax.bitcast_convert_type(stored << 16, jnp.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from efcp_jax.passes import gpu_add, reference
 from efcp_jax.passes.bisection import largest
-from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched
 from efcp_jax.passes.places import chunk_products, place, shape
 from efcp_jax.passes.runs import sweep
@@ -37,7 +37,7 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
     return vector - spread(SparseRow(values, offsets), vector.shape[1])
 
 
-def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     kept = row.values.shape[1]
     if kept <= MOST_MATCHES:
@@ -47,25 +47,26 @@ def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
         lanes = window.values.shape[2]
         offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
         taken = jnp.take_along_axis(dense, offsets, axis=1, mode="promise_in_bounds")
-        products = window.values.astype(dense.dtype) * reference.to_tiles(taken, lanes)
+        products = window.load(dense.dtype) * reference.to_tiles(taken, lanes)
     return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
 
 
 def combine(
-    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+    window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if gpu_add.fits(window.values, weights, size):
         each = reference.per_entry(window, weights)[:, 0]
+        if isinstance(window, ScaledRow):
+            each = each * window.per_entry(each.dtype)
+        stored = window.values, window.offsets, each
         leaves = [leaf for run in runs for leaf in run]
         if len(leaves) == 1:  # written as it is
-            return [gpu_add.add(*window, each, size, *leaves)]
+            return [gpu_add.add(*stored, size, *leaves)]
         count = window.values.shape[0] * window.values.shape[2] * size
-        blocks = gpu_add.add(*window, each, size, count).reshape(-1, size)
+        blocks = gpu_add.add(*stored, size, count).reshape(-1, size)
         return reference.cut(blocks, runs)
-    weighted = window.values.astype(weights.dtype) * reference.per_entry(
-        window, weights
-    )
+    weighted = window.load(weights.dtype) * reference.per_entry(window, weights)
     return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
 
 

@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from efcp_jax.passes import bits
+
 
 # Blocks that a program sums: 32 registers for each of the 128 threads of 4 warps.
 _BLOCKS = 32
@@ -41,7 +43,8 @@ def add(
     Args:
         values: Of m rows of k entries, `(tiles, m * k, lanes)`.
         offsets: Of the same shape.
-        weights: One for each entry of a block, `(m * k,)`, float32.
+        weights: One for each entry of a block, `(m * k,)`, float32, or one for each in
+            each tile, `(tiles, m * k)`.
         size: Entries a block, a power of two.
         count: Entries that are wanted, from the first.
         interpret: Whether to run the kernel on a CPU.
@@ -52,15 +55,18 @@ def add(
     tiles, entries, lanes = values.shape
     parts = lanes // _BLOCKS
     window = pl.BlockSpec((None, entries, _BLOCKS), lambda t, i: (t, 0, i))
+    # Where there is one row of them, it is for all tiles.
+    weights = weights.reshape(-1, entries)
+    each = pl.BlockSpec((None, entries), lambda t, i: (t if len(weights) > 1 else 0, 0))
     return pl.pallas_call(
         functools.partial(_kernel, entries, size),
         grid=(tiles, parts),
-        in_specs=[window, window, pl.BlockSpec((entries,), lambda t, i: (0,))],
+        in_specs=[window, window, each],
         out_specs=pl.BlockSpec((count,), lambda t, i: (0,)),
         out_shape=jax.ShapeDtypeStruct((count,), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS),
         interpret=interpret,
-    )(values, offsets, weights)
+    )(bits.pattern(values), offsets, weights)
 
 
 def _kernel(entries, size, values, offsets, weights, out):
@@ -68,7 +74,7 @@ def _kernel(entries, size, values, offsets, weights, out):
     place = lax.broadcasted_iota(jnp.int32, (_BLOCKS, size), 1)
 
     def add(i, total):
-        value = values[i, :].astype(jnp.float32) * weights[i]
+        value = bits.floats(values[i, :]) * weights[i]
         offset = offsets[i, :].astype(jnp.int32)
         return total + jnp.where(offset[:, None] == place, value[:, None], 0.0)
 

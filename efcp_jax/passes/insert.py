@@ -33,14 +33,15 @@ def insert(
         return write(rows, jnp.where(accept, row, old))
 
     def write_bits(rows: jax.Array, row: jax.Array) -> jax.Array:
-        bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16)
+        pattern = f"uint{8 * rows.dtype.itemsize}"
+        bits = lambda x: lax.bitcast_convert_type(x, pattern)
         return lax.bitcast_convert_type(write(bits(rows), bits(row)), rows.dtype)
 
-    # XLA on CPUs writes half precision by way of a float32 window, several times slower
-    # than as integers.
-    on_cpu = write_bits if _is_half(rows.dtype) else write
+    # XLA on CPUs writes half precision and less by way of a float32 window, several
+    # times slower than as integers.
+    on_cpu = write_bits if _is_narrow(rows.dtype) else write
     return overwrite(accept, on_cpu, select, rows, row)
 
 
-def _is_half(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
+def _is_narrow(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4

@@ -7,7 +7,7 @@ a temporary, and without a gather or a scatter.
 import jax
 import jax.numpy as jnp
 
-from efcp_jax.passes.entries import SparseRow
+from efcp_jax.passes.entries import SparseRow, Tiled
 from efcp_jax.passes.reference import magnitudes
 
 
@@ -45,7 +45,7 @@ def ascending(arrays: list[jax.Array]) -> list[jax.Array]:
     return arrays
 
 
-def matched(window: SparseRow, row: SparseRow) -> jax.Array:
+def matched(window: Tiled, row: SparseRow) -> jax.Array:
     """Return every entry of `window` times the entry of `row` at the same place.
 
     Args:
@@ -60,4 +60,4 @@ def matched(window: SparseRow, row: SparseRow) -> jax.Array:
         value, offset = row.values[:, i : i + 1], row.offsets[:, i : i + 1]
         # A sum, so that entries of value 0 may share a place with another.
         at = at + jnp.where(window.offsets == offset, value, 0)
-    return window.values.astype(row.values.dtype) * at
+    return window.load(row.values.dtype) * at

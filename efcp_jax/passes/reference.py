@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.entries import SparseRow, Stored, Tiled
 
 
 def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
@@ -28,21 +28,21 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
     return vector.at[block, offsets].add(-values)
 
 
-def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     dense = scatter(row, size)
     dtype = row.values.dtype
     at = jnp.take_along_axis(dense, from_tiles(window.offsets).astype(jnp.int32), 1)
-    products = from_tiles(window.values).astype(dtype) * at
+    products = from_tiles(window.load(dtype)) * at
     rows = window.values.shape[1] // row.values.shape[1]
     return jnp.sum(products.reshape(len(dense), rows, -1), axis=(0, 2))
 
 
 def combine(
-    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+    window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    weighted = window.values.astype(weights.dtype) * per_entry(window, weights)
+    weighted = window.load(weights.dtype) * per_entry(window, weights)
     return cut(scatter(SparseRow(weighted, window.offsets), size), runs)
 
 
@@ -61,7 +61,7 @@ def magnitudes(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) & jnp.iinfo(dtype).max
 
 
-def per_entry(window: SparseRow, weights: jax.Array) -> jax.Array:
+def per_entry(window: Tiled, weights: jax.Array) -> jax.Array:
     """Return the weight of the row that each entry of a tile belongs to, `(n, 1)`."""
     return jnp.repeat(weights, window.values.shape[1] // len(weights))[:, None]
 

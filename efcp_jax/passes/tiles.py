@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efcp_jax.passes.entries import SparseRow
+from efcp_jax.passes.entries import SparseRow, Tiled
 from efcp_jax.passes.platforms import by_platform, fed
 
 
@@ -129,11 +129,11 @@ class Tiles:
         """
         return by_platform("residual", vector, values, offsets)
 
-    def inner(self, window: SparseRow, row: SparseRow) -> jax.Array:
+    def inner(self, window: Tiled, row: SparseRow) -> jax.Array:
         """Return the inner products of the rows of `window` with `row`.
 
         Args:
-            window: Values and offsets `(tiles, m k, lanes)`.
+            window: The rows as they are stored, entries `(tiles, m k, lanes)`.
             row: Values `(tiles, k, lanes)` in the dtype of the result, and offsets.
 
         Returns:
@@ -142,13 +142,11 @@ class Tiles:
         row = SparseRow(row.values, row.offsets.astype(window.offsets.dtype))
         return by_platform("inner", window, row, size=self.size)
 
-    def combine(
-        self, window: SparseRow, weights: jax.Array, runs: Any
-    ) -> list[jax.Array]:
+    def combine(self, window: Tiled, weights: jax.Array, runs: Any) -> list[jax.Array]:
         """Return the sum of the rows of `window` times `weights`, cut into leaves.
 
         Args:
-            window: Values and offsets `(tiles, m k, lanes)`.
+            window: The rows as they are stored, entries `(tiles, m k, lanes)`.
             weights: One for each row, shape `(m,)`, in the dtype of the result.
             runs: The sizes of the leaves that the blocks hold end to end, in groups: a
                 CPU writes the leaves of a group together.

@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.passes import reference, tpu_add, tpu_inner, tpu_select
-from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import matched
 from efcp_jax.passes.places import shape
 from efcp_jax.passes.runs import part, sweep
@@ -46,10 +46,13 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
     return reference.residual(vector, values, offsets)
 
 
-def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
+def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     del size
-    if _fits(row.values, window.values.shape[2]):
+    lanes = window.values.shape[2]
+    # Scales are for XLA: a kernel would turn them for every tile, which takes longer
+    # than to read its entries.
+    if isinstance(window, SparseRow) and _fits(row.values, lanes):
         products = tpu_inner.inner(*window, *row)
     else:
         products = jnp.sum(matched(window, row), axis=(0, 2))
@@ -57,13 +60,15 @@ def inner(window: SparseRow, row: SparseRow, *, size: int) -> jax.Array:
 
 
 def combine(
-    window: SparseRow, weights: jax.Array, *, size: int, runs: Any
+    window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    values, offsets = window
-    if not _fits(weights, values.shape[2]):
+    if not _fits(weights, window.values.shape[2]):
         return reference.combine(window, weights, size=size, runs=runs)
-    leaves = reference.cut(tpu_add.add(values, offsets, weights, size), runs)
+    scaled = isinstance(window, ScaledRow)
+    scales = {"scales": window.per_entry(weights.dtype)} if scaled else {}
+    blocks = tpu_add.add(window.values, window.offsets, weights, size, **scales)
+    leaves = reference.cut(blocks, runs)
     if len(leaves) == 1:  # can be cut by what is done with it next
         return leaves
     # Else XLA would give the whole vector the shape of each kind of leaf in turn.

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from efcp_jax.passes import tpu_tiles as layout
+from efcp_jax.passes import bits, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
 
@@ -31,6 +31,7 @@ def add(
     size: int,
     onto: jax.Array | None = None,
     *,
+    scales: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Return the sum of rows times `weights`, added to `onto` in place if given.
@@ -41,6 +42,8 @@ def add(
         weights: Shape `(m,)`, float32.
         size: Entries a block.
         onto: Shape `(blocks, size)`, float32; overwritten.
+        scales: What the entries of a tile are multiplied by, `(tiles, m * k)`, float32,
+            or None for nothing. Not together with `onto`.
         interpret: Whether to run the kernel on a CPU.
 
     Returns:
@@ -57,7 +60,18 @@ def add(
     vector = layout.vector_spec(group, size)
     shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
     out = jax.ShapeDtypeStruct(shape, jnp.float32)
-    weights = jnp.broadcast_to(jnp.repeat(weights, kept)[:, None], (entries, LANES))
+    weights = jnp.repeat(weights, kept)
+    if scales is None:
+        weights = jnp.broadcast_to(weights[:, None], (entries, LANES))
+        columns = []
+    else:
+        # Whole registers, which a program turns by itself: on all lanes they would be
+        # twice the window.
+        long = entries + -entries % LANES
+        weights = jnp.pad(scales * weights, ((0, 0), (0, long - entries)))[:, None]
+        part = min(long, _HELD)
+        each = pl.BlockSpec((group, 1, part), lambda i, j: (i, 0, j))
+        columns = [pltpu.VMEM((part, LANES), jnp.float32)]
     call = pl.pallas_call(
         functools.partial(_add_kernel, size, kept, entries),
         grid=(pl.cdiv(tiles, group), pl.cdiv(entries, held)),
@@ -67,16 +81,19 @@ def add(
         input_output_aliases={3: 0} if turned else {},
         cost_estimate=layout.cost(3 * values.size * size),
         compiler_params=_ADDING,
+        scratch_shapes=columns,
         interpret=interpret,
     )
-    operands = layout.readable(values), offsets, weights, *turned
+    operands = bits.readable(values), offsets, weights, *turned
     total = layout.launch(call, [0, 1, 3], interpret, *operands)
     return layout.turn(total, size)
 
 
-def _add_kernel(size, kept, entries, values, offsets, weights, *vectors):
-    """Add the held entries of one tile after the other to `vectors[-1]`."""
-    out = vectors[-1]
+def _add_kernel(size, kept, entries, values, offsets, weights, *refs):
+    """Add the held entries of one tile after the other."""
+    # Where every tile has weights of its own, there is a column to turn them into.
+    own = len(weights.shape) == 3
+    *onto, out, column = refs if own else (*refs, weights)
     part, held = pl.program_id(1), values.shape[1]
     steps = lax.div(jnp.minimum(held, entries - part * held), _STEP)
     # Entries that do not fill a step come at the end of the last part.
@@ -86,7 +103,7 @@ def _add_kernel(size, kept, entries, values, offsets, weights, *vectors):
 
     @pl.when(part == 0)
     def _():
-        out[...] = vectors[0][...] if len(vectors) > 1 else jnp.zeros_like(out)
+        out[...] = onto[0][...] if onto else jnp.zeros_like(out)
 
     def strip(t, low):
         """Return what is added to up to 128 entries of the blocks of a tile."""
@@ -95,7 +112,7 @@ def _add_kernel(size, kept, entries, values, offsets, weights, *vectors):
 
         def add(first, count, total):
             span = pl.ds(first, count)
-            weighted = layout.floats(values[t, span, :]) * weights[span, :]
+            weighted = bits.floats(values[t, span, :]) * column[span, :]
             places = offsets[t, span, :].astype(jnp.int32)
             return _scatter(places, weighted, entry, math.gcd(kept, _STEP), total)
 
@@ -109,6 +126,8 @@ def _add_kernel(size, kept, entries, values, offsets, weights, *vectors):
         return total
 
     def tile(t, _):
+        if own:
+            column[...] = jnp.broadcast_to(weights[t], column.shape[::-1]).T
         for low in range(0, size, LANES):
             added = strip(t, low)
             before = layout.read(out, t, size, low, low + len(added))

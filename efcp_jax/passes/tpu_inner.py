@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from efcp_jax.passes import tpu_tiles as layout
+from efcp_jax.passes import bits, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
 
@@ -62,7 +62,7 @@ def inner(
         interpret=interpret,
     )
     row_offsets = row_offsets.astype(jnp.int32)
-    operands = layout.readable(values), offsets, row_values, row_offsets
+    operands = bits.readable(values), offsets, row_values, row_offsets
     sums = layout.launch(call, [0, 1], interpret, *operands)
     return jnp.sum(sums, axis=1)
 
@@ -83,7 +83,7 @@ def _kernel(tiles, values, offsets, row_values, row_offsets, out):
             here = places == row_offsets[t, i : i + 1, :]
             # A sum, so that entries of value 0 may share a place with another.
             facing += jnp.where(here, row_values[t, i : i + 1, :], 0.0)
-        out[...] += layout.floats(values[t]) * facing
+        out[...] += bits.floats(values[t]) * facing
         return 0
 
     # Behind the last tile there is nothing to be added.

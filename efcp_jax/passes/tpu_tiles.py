@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-import jax.numpy as jnp
 
 
 # Lanes of a register: blocks of a tile, and entries that are transposed at a time.
@@ -106,24 +104,3 @@ def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
         ref[span, low:high] = entries.T
     else:
         ref[low:high, span] = entries
-
-
-def readable(values: jax.Array) -> jax.Array:
-    """Return float16 as int16, which kernels can load."""
-    if values.dtype == jnp.float16:
-        return lax.bitcast_convert_type(values, jnp.int16)
-    return values
-
-
-def floats(values: jax.Array) -> jax.Array:
-    """Return float32 of what `readable` returns."""
-    if values.dtype != jnp.int16:
-        return values.astype(jnp.float32)
-    bits = values.astype(jnp.int32)
-    magnitude = bits & 0x7FFF
-    # Exponents move from a bias of 15 to one of 127; that of infinity is all ones.
-    bias = jnp.where(magnitude < 0x7C00, (127 - 15) << 23, (255 - 31) << 23)
-    normal = lax.bitcast_convert_type((magnitude << 13) + bias, jnp.float32)
-    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
-    positive = jnp.where(magnitude < 0x0400, subnormal, normal)
-    return jnp.where(bits < 0, -positive, positive)

@@ -46,10 +46,10 @@ TREES = {
 }
 
 
-def sparse(kept, block_size=128):
+def sparse(kept, block_size=128, value_dtype=jnp.bfloat16):
     """Keep `kept` entries of every block."""
     return efcp_jax.top_k(
-        kept / block_size, block_size=block_size, value_dtype=jnp.bfloat16
+        kept / block_size, block_size=block_size, value_dtype=value_dtype
     )
 
 
@@ -73,6 +73,8 @@ CASES = {
     "sparse-1/128-m256-flat": mfac(256, sparse(1)),
     "sparse-2/128-m64-flat": mfac(64, sparse(2)),
     "sparse-1/128-m1024-flat": mfac(1024, sparse(1)),
+    "int8-1/128-m1024-flat": mfac(1024, sparse(1, value_dtype=jnp.int8)),
+    "float8-1/128-m1024-flat": mfac(1024, sparse(1, value_dtype=jnp.float8_e4m3fn)),
     "sparse-1/128-m64-equal": mfac(64, sparse(1)),
     "sparse-1/128-m64-transformer": mfac(64, sparse(1)),
     "sparse-41/4096-m256-flat": mfac(256, sparse(41, 4096)),

@@ -20,6 +20,8 @@ COMPRESSORS = {
     "dense": efcp_jax.identity(),
     "bf16": efcp_jax.identity(value_dtype=jnp.bfloat16),
     "sparse": efcp_jax.top_k(0.3, block_size=16),
+    "int8": efcp_jax.top_k(0.3, block_size=16, value_dtype=jnp.int8),
+    "float8": efcp_jax.top_k(0.3, block_size=16, value_dtype=jnp.float8_e4m3fn),
     "low_rank": efcp_jax.low_rank(2),
 }
 KINDS = {"mfac": efcp_jax.scale_by_mfac, "ggt": efcp_jax.scale_by_ggt}
@@ -124,7 +126,7 @@ def test_skipping_copies_no_window_and_calls_no_host(name):
     assert copies <= (0 if name in ("dense", "sparse") else program(False)[1])
 
 
-@pytest.mark.parametrize("name", ["dense", "sparse", "low_rank"])
+@pytest.mark.parametrize("name", ["dense", "sparse", "int8", "low_rank"])
 @pytest.mark.parametrize("kind", ["mfac", "feedback"])
 def test_a_fault_on_one_of_eight_devices_is_skipped_on_all(kind, name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

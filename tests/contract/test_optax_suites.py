@@ -68,9 +68,9 @@ def _small(name: str):
     # Four rows keep tens of thousands of steps quick. Structure is bound here and not
     # passed on: `inject_hyperparams` makes a tracer of every number it is given, which
     # a size cannot be.
-    metric = aliases.METRICS.get(name, {})
+    variant = aliases.VARIANTS.get(name, {})
     name = name.split("-")[0]
-    structure = {**aliases.STRUCTURE[name], **metric, "window_size": 4}
+    structure = {**aliases.STRUCTURE[name], **variant, "window_size": 4}
     if "density" in structure:
         structure["density"] = 0.5  # of two or three entries
     alias = functools.partial(getattr(efcp_jax, name), **structure)

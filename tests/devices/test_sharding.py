@@ -60,6 +60,37 @@ def test_many_devices_give_the_numbers_of_one(placing, alias, kind):
         assert update.sharding.is_equivalent_to(expected, update.ndim)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_tiles_of_many_devices_round_as_those_of_one(dtype, kind):
+    """Eight tiles of 128 blocks: on one device scaled by the row, on eight not."""
+    model, generator = {"w": np.zeros((64, 64), np.float32)}, np.random.default_rng(0)
+    shape = cases.STEPS, 64, 64
+    magnitude = 2.0 ** -np.linspace(0, 12, 4096).reshape(64, 64)
+    stacked = {"w": (magnitude * generator.normal(size=shape)).astype(np.float32)}
+    make = lambda **given: efcp_jax.sparse_mfac(
+        1.0, cases.WINDOW, 0.25, 0.1, block_size=4, value_dtype=dtype, **given
+    )
+    alone, before = jax.jit(functools.partial(cases.train, make()))(model, stacked)
+    where = cases.Placing({"x": 8}, {"w": P()})
+    mesh = where.make_mesh(kind)
+    on, place = NamedSharding(mesh, P()), where.shardings(mesh)
+    tx = make(sharding=None if kind == AxisType.Explicit else place)
+    with jax.set_mesh(mesh):
+        found, state = jax.jit(functools.partial(cases.train, tx))(
+            jax.device_put(model, place), jax.device_put(stacked, {"w": on})
+        )
+    divided = NamedSharding(mesh, P("x"))
+    for leaf in state[0].window.rows:
+        assert leaf.sharding.is_equivalent_to(divided, leaf.ndim)
+    assert cases.worst(cases.vectors(found), cases.vectors(alone)) < TOLERANCE
+    np.testing.assert_array_equal(state[0].error, before[0].error)
+    for mine, its in zip(
+        state[0].window.rows[:2], before[0].window.rows[:2], strict=True
+    ):
+        np.testing.assert_array_equal(mine, its)
+
+
 def compiled_step(where: cases.Placing, tx, shapes):
     mesh = where.make_mesh()
     params = {

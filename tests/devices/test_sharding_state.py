@@ -284,6 +284,68 @@ def test_rows_move_between_ways_to_store_entries():
     np.testing.assert_array_equal(before, after)
 
 
+EIGHT_BITS = [jnp.int8, jnp.float8_e4m3fn]
+
+
+def carried(dtype, size, before, after):
+    """Return the entries of two rows, by block, before and behind a move."""
+    tx = efcp_jax.scale_by_mfac(
+        3, compressor=efcp_jax.top_k(0.25, block_size=4, value_dtype=dtype)
+    )
+    on = lambda count: jax.device_put(
+        {"w": np.zeros(size, np.float32)},
+        NamedSharding(mesh_of(shape=(count,), names=("x",)), P()),
+    )
+    old, new = on(before), on(after)
+    state, generator = tx.init(old), np.random.default_rng(0)
+    # The magnitude of gradients differs along the model.
+    magnitude = 2.0 ** -np.linspace(0, 12, size)
+    for _ in range(2):
+        gradient = (magnitude * generator.normal(size=size)).astype(np.float32)
+        gradient = jax.device_put({"w": gradient}, old["w"].sharding)
+        _, state = jax.jit(tx.update)(gradient, state, old)
+    moved = reshard_state(state, (tx, old), (tx, new))
+    update, _ = jax.jit(tx.update)(
+        jax.device_put({"w": np.ones(size, np.float32)}, new["w"].sharding), moved, new
+    )
+    assert np.isfinite(update["w"]).all()
+    np.testing.assert_array_equal(
+        *(np.resize(each.error, (size // 4, 4)) for each in (state, moved))
+    )
+
+    def entries(rows):
+        scales = np.asarray(rows.scales).astype(np.float32)[:, :, None]
+        values = np.asarray(rows.values).astype(np.float32) * scales
+        by_block = lambda x: np.swapaxes(x, 1, 2).reshape(-1, 3)[: size // 4, :2]
+        return by_block(values), by_block(np.asarray(rows.offsets))
+
+    return entries(state.window.rows), entries(moved.window.rows)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("after", [1, 3])
+def test_values_of_eight_bits_move_as_they_are_with_their_tiles(dtype, after):
+    before, behind = carried(dtype, 4096, 8, after)  # 1024 blocks, a tile a device
+    assert np.count_nonzero(before[0]) > 1000
+    for each, other in zip(before, behind, strict=True):
+        np.testing.assert_array_equal(each, other)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_values_of_eight_bits_are_rounded_where_tiles_are_others(dtype):
+    (values, offsets), (moved, places) = carried(dtype, 576, 8, 1)  # 18 blocks a device
+    np.testing.assert_array_equal(offsets, places)
+    peaks = np.stack([np.abs(part).max(axis=0) for part in (moved[:128], moved[128:])])
+    tile = (np.arange(len(values)) >= 128).astype(int)
+    step = 2.0 ** np.ceil(np.log2(peaks))[tile] / 128
+    error = np.abs(moved - values)
+    if dtype == jnp.int8:
+        assert error.max() > 0
+        assert (error <= step / 2).all()
+    else:  # the range of exponents is wide enough
+        assert (error <= np.maximum(np.abs(values) / 16, step / 2**10)).all()
+
+
 def test_equal_shapes_restore_directly_onto_other_devices(tmp_path):
     tx = cases.ALIASES["sparse_mfac"]()
     params = {n: jnp.zeros((256, 8)) for n in "uv"}  # 1024 blocks, a tile a device

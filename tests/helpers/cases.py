@@ -26,7 +26,7 @@ STEPS = 4 * WINDOW + 3
 SHAPES = {"bias": (7,), "gain": (), "kernel": (3, 2, 5), "weight": (2, 3)}
 SIZE = 44
 
-BF16 = jnp.bfloat16
+BF16, F8 = jnp.bfloat16, jnp.float8_e4m3fn
 
 IDENTITY = {
     "identity": {},
@@ -36,6 +36,8 @@ TOP_K = {
     "top_k": {"density": 0.1},
     "top_k-blocks": {"density": 0.25, "block_size": 16},
     "top_k-blocks-bf16": {"density": 0.25, "block_size": 16, "value_dtype": BF16},
+    "top_k-blocks-int8": {"density": 0.25, "block_size": 16, "value_dtype": jnp.int8},
+    "top_k-blocks-f8": {"density": 0.25, "block_size": 4, "value_dtype": F8},
     "top_k-words-bf16": {"density": 0.25, "block_size": 16, "value_dtype": BF16},
     "top_k-all": {"density": 1.0},
 }
@@ -60,7 +62,7 @@ class Words(TopK):
 
 
 def sparse(name: str, given: dict[str, Any]) -> TopK:
-    return (Words if "words" in name else TopK)(**given)
+    return Words(**given) if "words" in name else efcp_jax.top_k(**given)
 
 
 COMPRESSORS = {

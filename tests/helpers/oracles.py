@@ -6,6 +6,8 @@ Compression is decided in the dtype of its input, because a decision that falls 
 other way for the last bit is a different algorithm; everything else is float64.
 """
 
+import math
+
 import numpy as np
 
 
@@ -31,6 +33,25 @@ def rounded(value, dtype):
     return np.asarray(value).astype(dtype).astype(np.asarray(value).dtype)
 
 
+def quantised(vector, size, dtype) -> np.ndarray:
+    """Return `vector` rounded to 8 bits, tile by tile of 128 blocks of `size`.
+
+    The unit of a tile is the power of two that brings its largest entry below 128 for
+    integers and below 256 for floats.
+    """
+    most, above = {"int8": (127, 128), "float8_e4m3fn": (240, 256)}[
+        np.dtype(dtype).name
+    ]
+    result = np.zeros_like(vector)
+    for start in range(0, len(vector), 128 * size):
+        tile = vector[start : start + 128 * size].astype(np.float64)
+        unit = 2.0 ** math.frexp(np.abs(tile).max())[1] / above
+        scaled = np.clip(tile / unit, -most, most)
+        whole = np.rint(scaled) if dtype == np.int8 else scaled.astype(dtype)
+        result[start : start + 128 * size] = unit * whole.astype(np.float64)
+    return result
+
+
 def top_k(vector, density, block_size=None, value_dtype=None) -> np.ndarray:
     """Keep the largest entries of each block, one block and one entry at a time."""
     size = min(block_size or len(vector), len(vector))
@@ -39,8 +60,10 @@ def top_k(vector, density, block_size=None, value_dtype=None) -> np.ndarray:
     for start in range(0, len(vector), size):
         block = range(start, min(start + size, len(vector)))
         for i in sorted(block, key=lambda i: (-abs(vector[i]), i))[:kept]:
-            result[i] = rounded(vector[i], value_dtype)
-    return result
+            result[i] = vector[i]
+    if value_dtype is not None and np.dtype(value_dtype).itemsize == 1:
+        return quantised(result, size, np.dtype(value_dtype))
+    return rounded(result, value_dtype)
 
 
 def subspace_step(gradient, basis) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ import programs
 import efcp_jax
 from efcp_jax.passes import gpu, tpu
 from efcp_jax.passes.entries import SparseRow
+from efcp_jax.passes.scaled import ScaledRow
 
 
 # Tiles, blocks a tile, entries a block, entries kept, rows.
@@ -52,7 +53,11 @@ def passes(module, shape, dtype):
     struct = jax.ShapeDtypeStruct
     entries = lambda n, kind: struct((tiles, n, lanes), kind)
     vector = struct((tiles * lanes, size), jnp.float32)
-    window = SparseRow(entries(rows * kept, dtype), entries(rows * kept, jnp.uint8))
+    window = entries(rows * kept, dtype), entries(rows * kept, jnp.uint8)
+    if jnp.dtype(dtype).itemsize == 1:
+        window = ScaledRow(*window, struct((tiles, rows), jnp.bfloat16))
+    else:
+        window = SparseRow(*window)
     row = SparseRow(entries(kept, jnp.float32), entries(kept, jnp.uint8))
     weights = struct((rows,), jnp.float32)
     chosen = {"kept": kept, "lanes": lanes}
@@ -111,13 +116,13 @@ def main(platform):
         jax.jit(function).lower(*jax.tree.map(at, arguments)).compile()
 
     for i, shape in enumerate(SHAPES):
-        for dtype in ("bfloat16", "float16", "float32"):
+        for dtype in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn"):
             for name, function, arguments in passes(module, shape, dtype):
                 if name not in ("inner", "combine", "feed") and dtype != "float32":
                     continue  # no value is stored
                 label = f"{name} {shape} {dtype}"
                 attempt(label, functools.partial(compiling, function, arguments))
-                if i in (1, 3) and dtype == "bfloat16":
+                if i in (1, 3) and dtype in ("bfloat16", "int8"):
                     many = functools.partial(compiling, *batched(function, arguments))
                     attempt(f"vmap {label}", many)
     collectives = []

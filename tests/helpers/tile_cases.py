@@ -9,6 +9,7 @@ import numpy as np
 
 from efcp_jax.passes import gpu_add, tpu, tpu_add, tpu_inner, tpu_select
 from efcp_jax.passes.entries import SparseRow
+from efcp_jax.passes.scaled import ScaledRow
 
 
 class Case(NamedTuple):
@@ -102,12 +103,22 @@ def window(case, dtype, seed=0):
     offsets = np.sort(order[..., :kept], axis=3).transpose(0, 1, 3, 2)
     offsets = offsets.reshape(values.shape)
     offsets[:, : (rows // 3) * kept] = 0
-    stored = SparseRow(jnp.asarray(values, dtype), jnp.asarray(offsets, jnp.uint8))
+    offsets = jnp.asarray(offsets, jnp.uint8)
+    if jnp.dtype(dtype).itemsize > 1:
+        stored = SparseRow(jnp.asarray(values, dtype), offsets)
+    else:  # numbers from -127 to 127, and scales of every magnitude
+        values = np.clip(values * (100 / np.abs(values).max()), -127, 127)
+        whole = np.rint(values) if dtype == "int8" else values
+        scales = jnp.exp2(jnp.asarray(rng.integers(-12, 4, (tiles, rows))))
+        scales = scales.astype(jnp.bfloat16)
+        stored = ScaledRow(jnp.asarray(whole, dtype), offsets, scales)
     return stored, dense(stored, case)
 
 
 def newest(case, dtype, seed=1):
     """Return a row with values in float32, and as dense float64 `(blocks, size)`."""
+    if jnp.dtype(dtype).itemsize == 1:
+        dtype = "bfloat16"
     stored, matrix = window(case._replace(rows=1), dtype, seed)
     row = SparseRow(stored.values.astype(jnp.float32), stored.offsets.astype(jnp.int32))
     return row, matrix[0]
@@ -115,7 +126,11 @@ def newest(case, dtype, seed=1):
 
 def dense(stored, case):
     """Return the rows of a window, `(m, blocks, size)`, float64."""
-    values = blocks_of(stored.values).astype(np.float64)
+    entries = np.asarray(stored.values).astype(np.float64)
+    if isinstance(stored, ScaledRow):
+        scales = np.asarray(stored.scales).astype(np.float64)
+        entries *= np.repeat(scales, case.kept, axis=1)[:, :, None]
+    values = blocks_of(entries)
     offsets = blocks_of(stored.offsets).astype(int)
     out = np.zeros((case.rows, len(values), case.size))
     block, entry = np.indices(values.shape)

@@ -31,7 +31,8 @@ CASES = [
     Case(2, 5, 8, 8, 4),
     Case(1, 1, 7, 3, 4),
 ]
-DTYPES = ["bfloat16", "float16", "float32"]
+WIDE = ["bfloat16", "float16", "float32"]
+DTYPES = [*WIDE, "int8", "float8_e4m3fn"]
 
 # Blocks, entries a block, entries kept, rows.
 LARGE = [(1, 4096, 41, 5), (5, 257, 3, 7), (3, 1000, 1000, 2), (37, 300, 6, 33)]
@@ -102,7 +103,14 @@ def test_inner(form, case, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "count"), [("bfloat16", 0), ("float16", 3), ("float32", 1)]
+    ("dtype", "count"),
+    [
+        ("bfloat16", 0),
+        ("float16", 3),
+        ("float32", 1),
+        ("int8", 2),
+        ("float8_e4m3fn", 0),
+    ],
 )
 def test_combine(form, case, dtype, count):
     stored, matrix = tile_cases.window(case, dtype)
@@ -140,7 +148,7 @@ def large(shape, dtype, seed=0):
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WIDE)
 def test_large_blocks(form, shape, dtype):
     count, size, _, rows = shape
     blocks, window, row = large(shape, dtype)

@@ -10,6 +10,7 @@ import tile_cases
 from tile_cases import Case
 
 from efcp_jax.passes import gpu_add
+from efcp_jax.passes.scaled import ScaledRow
 
 
 CASES = [
@@ -29,12 +30,20 @@ def add(stored, weights, case, count):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", "float32", "int8", "float8_e4m3fn"]
+)
 def test_sums_of_rows_are_those_of_dense_rows(case, dtype):
     stored, matrix = tile_cases.window(case, dtype)
     weights = np.random.default_rng(3).normal(size=case.rows).astype(np.float32)
     each = jnp.repeat(jnp.asarray(weights), case.kept)
-    assert gpu_add.fits(stored.values, each, case.size)
+    if isinstance(stored, ScaledRow):
+        scales = np.asarray(stored.scales).astype(np.float32)
+        each = each * jnp.repeat(jnp.asarray(scales), case.kept, axis=1)
+        stored = stored.values, stored.offsets
+        assert each.shape == (case.tiles, case.rows * case.kept)
+    values = stored[0]
+    assert gpu_add.fits(values, each, case.size)
     flat = np.moveaxis(matrix, 0, 2).reshape(-1, case.rows)
     for count in (len(flat), len(flat) - case.size // 2, 1):
         got = add(stored, each, case, count)

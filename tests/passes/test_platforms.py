@@ -28,6 +28,8 @@ COMPRESSORS = {
     "top_k-tiles": efcp_jax.top_k(0.1, block_size=8),
     "top_k-tiles-bf16": efcp_jax.top_k(0.25, block_size=8, value_dtype=jnp.bfloat16),
     "top_k-tiles-f16": efcp_jax.top_k(0.4, block_size=8, value_dtype=jnp.float16),
+    "top_k-tiles-int8": efcp_jax.top_k(0.25, block_size=8, value_dtype=jnp.int8),
+    "top_k-tiles-f8": efcp_jax.top_k(0.4, block_size=8, value_dtype=jnp.float8_e4m3fn),
     "low_rank": efcp_jax.low_rank(2),
 }
 METHODS = {
@@ -39,7 +41,11 @@ KERNELS = {
     ("tpu", "top_k-tiles"): SUMS | {"tpu.feed"},
     ("tpu", "top_k-tiles-bf16"): SUMS | {"tpu.feed"},
     ("tpu", "top_k-tiles-f16"): SUMS | {"tpu_select.select"},
+    ("tpu", "top_k-tiles-int8"): {"tpu_add.add", "tpu_select.select"},
+    ("tpu", "top_k-tiles-f8"): {"tpu_add.add", "tpu_select.select"},
     ("cuda", "top_k-tiles"): {"gpu_add.add"},
+    ("cuda", "top_k-tiles-int8"): {"gpu_add.add"},
+    ("cuda", "top_k-tiles-f8"): {"gpu_add.add"},
     ("cuda", "top_k-tiles-bf16"): {"gpu_add.add"},
     ("cuda", "top_k-tiles-f16"): {"gpu_add.add"},
 }
@@ -101,7 +107,9 @@ def test_steps_of_accelerators_are_those_of_cpus(method, name, skip, platform, p
     assert_close(there, here)
 
 
-@pytest.mark.parametrize("name", ["top_k-tiles", "top_k-tiles-f16", "top_k"])
+@pytest.mark.parametrize(
+    "name", ["top_k-tiles", "top_k-tiles-f16", "top_k-tiles-f8", "top_k"]
+)
 def test_a_batch_of_models_takes_the_steps_of_each(name):
     """With the branches of all platforms traced, kernels included."""
     tx = efcp_jax.scale_by_mfac(WINDOW, 0.1, compressor=COMPRESSORS[name])

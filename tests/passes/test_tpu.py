@@ -119,6 +119,17 @@ def test_sums_of_rows_are_those_of_dense_rows(case, dtype):
     tile_cases.assert_sums(got, np.moveaxis(matrix, 0, 2), weights)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_every_tile_has_scales_of_its_own(case, dtype):
+    stored, matrix = tile_cases.window(case, dtype)
+    weights = np.random.default_rng(3).normal(size=case.rows).astype(np.float32)
+    scales = np.repeat(np.asarray(stored.scales).astype(np.float32), case.kept, axis=1)
+    add = compiled(tpu_add.add, size=case.size)
+    values, offsets, _ = stored
+    got = add(values, offsets, jnp.asarray(weights), scales=jnp.asarray(scales))
+    tile_cases.assert_sums(got, np.moveaxis(matrix, 0, 2), weights)
+
+
 def test_rows_are_added_onto_a_vector(case):
     row, matrix = tile_cases.newest(case, "bfloat16")
     onto = tile_cases.vector(case)
@@ -133,6 +144,18 @@ def test_every_number_of_half_precision_is_read_as_it_is():
     got = compiled(tpu_add.add, size=128)(jnp.asarray(every), offsets, jnp.ones(1))
     numbers = every.astype(np.float32)
     np.testing.assert_array_equal(got[:, 0].reshape(every.shape), numbers)
+
+
+def test_every_number_of_eight_bits_is_read_as_it_is():
+    every = np.arange(1 << 8, dtype=np.uint8).reshape(2, 1, 128)
+    numbers = every.view(jnp.float8_e4m3fn), every.view(np.int8)
+    for values in numbers:
+        values = np.where(np.isnan(values), values.dtype.type(0), values)
+        offsets = jnp.zeros(values.shape, jnp.uint8)
+        add = compiled(tpu_add.add, size=128)
+        got = add(jnp.asarray(values), offsets, jnp.ones(1))
+        wanted = values.astype(np.float32)
+        np.testing.assert_array_equal(got[:, 0].reshape(values.shape), wanted)
 
 
 def stacked(make):

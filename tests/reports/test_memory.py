@@ -30,6 +30,11 @@ OPTIMIZERS = {
         efcp_jax.sparse_mfac(0.1, M),
         M * 3 * 2 * (4 + 1) + 4 * 3 * 128,
     ),
+    # Values and offsets of a byte, and two bytes for each row of the one tile.
+    "sparse_mfac-int8": (
+        efcp_jax.sparse_mfac(0.1, M, value_dtype=jnp.int8),
+        M * (3 * 2 * 2 + 2) + 4 * 3 * 128,
+    ),
     # 350 parameters are one block of at most 4096; 10% of it are 35 entries.
     "sparse_mfac-4096": (
         efcp_jax.sparse_mfac(0.1, M, 0.1, block_size=4096),
