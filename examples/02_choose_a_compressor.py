@@ -6,6 +6,10 @@ over all of them. A metric evens out entries of different size first.
     python examples/02_choose_a_compressor.py
 """
 
+from collections.abc import Callable
+import functools
+from typing import Any
+
 import jax
 import optax
 import task
@@ -28,7 +32,7 @@ COMPRESSORS = {
 }
 
 
-def ggt(compressor, metric=None):
+def ggt(compressor: Any, metric: Any = None) -> optax.GradientTransformation:
     """Return GGT with a learning rate behind."""
     return optax.chain(
         efcp_jax.scale_by_ggt(task.WINDOW, compressor=compressor, metric=metric),
@@ -36,12 +40,11 @@ def ggt(compressor, metric=None):
     )
 
 
-rows = {
-    name: lambda compressor=compressor: ggt(compressor)
-    for name, compressor in COMPRESSORS.items()
+rows: dict[str, Callable[[], optax.GradientTransformation]] = {
+    name: functools.partial(ggt, compressor) for name, compressor in COMPRESSORS.items()
 }
-rows["two of 128, in a metric"] = lambda: ggt(
-    COMPRESSORS["two of 128"], efcp_jax.diagonal_metric()
+rows["two of 128, in a metric"] = functools.partial(
+    ggt, COMPRESSORS["two of 128"], efcp_jax.diagonal_metric()
 )
-rows["dense, the reference"] = lambda: ggt(efcp_jax.identity())
+rows["dense, the reference"] = functools.partial(ggt, efcp_jax.identity())
 task.compare(rows)

@@ -3,6 +3,8 @@
 python examples/03_plan_memory.py
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ import efcp_jax
 
 
 WIDTH = 4096
-params = {
+params: Any = {
     "embedding": jax.ShapeDtypeStruct((32_000, WIDTH), jnp.bfloat16),
     "attention": jax.ShapeDtypeStruct((32, WIDTH, 4 * WIDTH), jnp.bfloat16),
     "mlp": jax.ShapeDtypeStruct((32, WIDTH, 8 * WIDTH), jnp.bfloat16),

@@ -65,9 +65,10 @@ def combine(
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not _fits(weights, window.values.shape[2]):
         return reference.combine(window, weights, size=size, runs=runs)
-    scaled = isinstance(window, ScaledRow)
-    scales = {"scales": window.per_entry(weights.dtype)} if scaled else {}
-    blocks = tpu_add.add(window.values, window.offsets, weights, size, **scales)
+    scales = None
+    if isinstance(window, ScaledRow):
+        scales = window.per_entry(weights.dtype)
+    blocks = tpu_add.add(window.values, window.offsets, weights, size, scales=scales)
     leaves = reference.cut(blocks, runs)
     if len(leaves) == 1:  # can be cut by what is done with it next
         return leaves
