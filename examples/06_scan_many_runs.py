@@ -5,8 +5,6 @@ States are arrays of fixed shapes, so a whole training is a function like any ot
     python examples/06_scan_many_runs.py
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,8 +25,7 @@ def train(scale_by, peak):
     tx = optax.chain(scale_by, optax.scale_by_learning_rate(1.0))
 
     def step(carry, item):
-        params: Any = carry[0]
-        state = carry[1]
+        params, state = carry
         number, batch = item
         gradient = jax.grad(task.loss_fn)(params, images[batch], labels[batch])
         updates, state = tx.update(gradient, state, params)
@@ -36,7 +33,7 @@ def train(scale_by, peak):
         updates = jax.tree.map(lambda u: rate * u, updates)
         return (optax.apply_updates(params, updates), state), None
 
-    start: Any = task.init()
+    start = task.init()
     items = jnp.arange(task.STEPS), batches
     (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), items)
     return task.loss_fn(params, images[task.TRAINED :], labels[task.TRAINED :])
