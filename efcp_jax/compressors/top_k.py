@@ -93,8 +93,7 @@ def top_k(
         tile of 128 blocks, 2 bytes. int8 has steps of 1/64 to 1/128 of the largest
         value of the tile, and values below half a step become 0; float8_e4m3fn rounds
         by up to 1/16 of each value, and reaches down to 2^-17 of the largest; bfloat16
-        rounds by up to 1/256 of each value. On TPUs they are selected in several passes
-        over the gradient where others take one.
+        rounds by up to 1/256 of each value. Small models trained alike with all three.
     """
     if block_size is not None:
         block_size = _validate.positive_int("block_size", block_size)

@@ -67,7 +67,9 @@ def sparse_ggt(
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
         block_size: Entries a block, at least 1; None for 128. Up to 256 every platform
             is fast; at least the number of parameters makes one block of all.
-        value_dtype: Floating dtype of the stored rows; None for the working dtype.
+        value_dtype: Dtype of the stored values; None for the working dtype.
+            Narrower ones are `jnp.bfloat16`, `jnp.int8` and `jnp.float8_e4m3fn`; see
+            `top_k`.
         error_feedback: Whether what compression drops is added to the next gradient.
         error_dtype: Floating dtype of the error; None for the working dtype.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
@@ -101,8 +103,8 @@ def sparse_ggt(
 
     Notes:
         Memory: 4 bytes a parameter for the error and m density times 5 (3 with
-        bfloat16 values) for the window. Time: a selection, two passes over the
-        window, and about 10 m^3 operations.
+        bfloat16 values, 2 with 8 bits) for the window. Time: a selection, two passes
+        over the window, and about 10 m^3 operations.
     """
     scale = scale_by_ggt(
         window_size,

@@ -75,5 +75,10 @@ def quantise(values: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     scaled = jnp.clip(scaled, -most, most)
     if jnp.issubdtype(dtype, jnp.integer):
         scaled = jnp.round(scaled)
+    else:
+        # Older XLA rounds twice, to half precision first.
+        info = jnp.finfo(dtype)
+        step = jnp.maximum(jnp.frexp(scaled)[1] - 1, info.minexp) - info.nmant
+        scaled = jnp.ldexp(jnp.round(jnp.ldexp(scaled, -step)), step)
     scale = jnp.where(jnp.isfinite(peak), scale, jnp.nan)
     return scaled.astype(dtype), scale.astype(jnp.bfloat16)

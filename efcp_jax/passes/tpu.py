@@ -15,12 +15,14 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from efcp_jax.passes import reference, tpu_add, tpu_inner, tpu_select
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import matched
 from efcp_jax.passes.places import shape
 from efcp_jax.passes.runs import part, sweep
+from efcp_jax.passes.scaled import DTYPES
 from efcp_jax.passes.tpu_select import feed as feed
 from efcp_jax.passes.tpu_tiles import LANES
 
@@ -49,11 +51,10 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     del size
-    lanes = window.values.shape[2]
-    # Scales are for XLA: a kernel would turn them for every tile, which takes longer
-    # than to read its entries.
-    if isinstance(window, SparseRow) and _fits(row.values, lanes):
-        products = tpu_inner.inner(*window, *row)
+    if _fits(row.values, window.values.shape[2]):
+        scales = _scales(window, row.values.dtype)
+        stored = window.values, window.offsets
+        products = tpu_inner.inner(*stored, *row, scales=scales)
     else:
         products = jnp.sum(matched(window, row), axis=(0, 2))
     return jnp.sum(products.reshape(-1, row.values.shape[1]), axis=1)
@@ -65,10 +66,9 @@ def combine(
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not _fits(weights, window.values.shape[2]):
         return reference.combine(window, weights, size=size, runs=runs)
-    scales = None
-    if isinstance(window, ScaledRow):
-        scales = window.per_entry(weights.dtype)
-    blocks = tpu_add.add(window.values, window.offsets, weights, size, scales=scales)
+    scales = _scales(window, weights.dtype)
+    stored = window.values, window.offsets
+    blocks = tpu_add.add(*stored, weights, size, scales=scales)
     leaves = reference.cut(blocks, runs)
     if len(leaves) == 1:  # can be cut by what is done with it next
         return leaves
@@ -76,10 +76,16 @@ def combine(
     return lax.optimization_barrier(leaves)
 
 
-def feeds(error: jax.Array, dtype: Any, lanes: int) -> bool:
+def feeds(error: jax.Array, dtype: np.dtype, lanes: int) -> bool:
     """Return whether `feed` takes this error and values of `dtype`."""
-    kinds = (jnp.float32, jnp.bfloat16)
-    return lanes == LANES and error.dtype in kinds and dtype in kinds
+    kinds = ("float32", "bfloat16")
+    stored = (*kinds, *DTYPES)
+    return lanes == LANES and error.dtype.name in kinds and dtype.name in stored
+
+
+def _scales(window: Tiled, dtype: np.dtype) -> jax.Array | None:
+    """Return the scale of each entry of each tile, if there are any."""
+    return window.per_entry(dtype) if isinstance(window, ScaledRow) else None
 
 
 def _fits(array: jax.Array, lanes: int) -> bool:

@@ -65,11 +65,8 @@ def add(
         weights = jnp.broadcast_to(weights[:, None], (entries, LANES))
         columns = []
     else:
-        # Whole registers, which a program turns by itself: on all lanes they would be
-        # twice the window.
-        long = entries + -entries % LANES
-        weights = jnp.pad(scales * weights, ((0, 0), (0, long - entries)))[:, None]
-        part = min(long, _HELD)
+        weights = layout.lines(scales * weights)
+        part = min(weights.shape[2], _HELD)
         each = pl.BlockSpec((group, 1, part), lambda i, j: (i, 0, j))
         columns = [pltpu.VMEM((part, LANES), jnp.float32)]
     call = pl.pallas_call(
@@ -127,7 +124,7 @@ def _add_kernel(size, kept, entries, values, offsets, weights, *refs):
 
     def tile(t, _):
         if own:
-            column[...] = jnp.broadcast_to(weights[t], column.shape[::-1]).T
+            column[...] = layout.column(weights[t])
         for low in range(0, size, LANES):
             added = strip(t, low)
             before = layout.read(out, t, size, low, low + len(added))

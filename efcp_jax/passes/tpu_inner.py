@@ -29,6 +29,7 @@ def inner(
     row_values: jax.Array,
     row_offsets: jax.Array,
     *,
+    scales: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Return every entry of a window times that of a row at its place, summed.
@@ -38,6 +39,8 @@ def inner(
         offsets: Its offsets.
         row_values: The values of the row, `(tiles, k, 128)`, float32.
         row_offsets: Its offsets.
+        scales: What the entries of the window are multiplied by in each tile,
+            `(tiles, n)`, float32, or None for nothing.
         interpret: Whether to run the kernel on a CPU.
 
     Returns:
@@ -51,10 +54,13 @@ def inner(
     window = pl.BlockSpec((group, held, LANES), lambda j, i: (i, j, 0))
     row = pl.BlockSpec((group, kept, LANES), lambda j, i: (i, 0, 0))
     out = jax.ShapeDtypeStruct((entries, LANES), jnp.float32)
+    lines = [] if scales is None else [layout.lines(scales)]
+    part = held + -held % LANES
+    line = pl.BlockSpec((group, 1, part), lambda j, i: (i, 0, j))
     call = pl.pallas_call(
         functools.partial(_kernel, tiles),
         grid=(pl.cdiv(entries, held), pl.cdiv(tiles, group)),
-        in_specs=[window, window, row, row],
+        in_specs=[window, window, row, row, *[line] * len(lines)],
         out_specs=pl.BlockSpec((held, LANES), lambda j, i: (j, 0)),
         out_shape=out,
         cost_estimate=layout.cost(2 * (kept + 1) * values.size),
@@ -62,13 +68,14 @@ def inner(
         interpret=interpret,
     )
     row_offsets = row_offsets.astype(jnp.int32)
-    operands = bits.readable(values), offsets, row_values, row_offsets
+    operands = bits.readable(values), offsets, row_values, row_offsets, *lines
     sums = layout.launch(call, [0, 1], interpret, *operands)
     return jnp.sum(sums, axis=1)
 
 
-def _kernel(tiles, values, offsets, row_values, row_offsets, out):
+def _kernel(tiles, values, offsets, row_values, row_offsets, *refs):
     """Add the products of one tile after the other to `out`."""
+    *scales, out = refs
     group, kept = values.shape[0], row_values.shape[1]
     step = pl.program_id(1)
 
@@ -83,6 +90,8 @@ def _kernel(tiles, values, offsets, row_values, row_offsets, out):
             here = places == row_offsets[t, i : i + 1, :]
             # A sum, so that entries of value 0 may share a place with another.
             facing += jnp.where(here, row_values[t, i : i + 1, :], 0.0)
+        if scales:
+            facing *= layout.column(scales[0][t])[: len(facing)]
         out[...] += bits.floats(values[t]) * facing
         return 0
 

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from efcp_jax.passes import tpu_tiles as layout
+from efcp_jax.passes import tpu_round, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
 
@@ -65,15 +65,16 @@ def feed(
     """Add the gradient to the error, select, and leave what is not selected: one pass.
 
     It moves 12 bytes an entry, where adding, selecting and subtracting by themselves
-    move 24. Rounding to bfloat16 or float32 commutes with multiplying by a power of
-    two, so a scale for the row can be found behind this pass.
+    move 24. Rounding commutes with multiplying by a power of two, so a scale for the
+    row can be found behind this pass.
 
     Args:
         error: Shape `(blocks, size)`, float32 or bfloat16; overwritten.
         gradient: Shape `(blocks, size)`, float32.
         accept: Whether to add the gradient and to subtract what is selected.
         kept: Number of entries kept of each block, in [1, size].
-        dtype: What the values are rounded to, within its range: bfloat16 or float32.
+        dtype: What the values are rounded to, within its range: bfloat16 or float32, or
+            one of `scaled.DTYPES`.
         interpret: Whether to run the kernel on a CPU.
 
     Returns:
@@ -83,7 +84,12 @@ def feed(
     size = error.shape[1]
     largest = float(jnp.finfo(jnp.float32).max)
     within = lambda x, kind: jnp.clip(x, -_limit(kind), _limit(kind))
-    rounded = lambda x: within(x, dtype).astype(dtype).astype(jnp.float32)
+    dtype = jnp.dtype(dtype)
+
+    def rounding(tile: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        if dtype.itemsize == 1:
+            return tpu_round.to_tile(tile, dtype)
+        return lambda x: within(x, dtype).astype(dtype).astype(jnp.float32)
 
     def kernel(accept, error, gradient, values, offsets, rest):
         accepted = accept[0, 0] != 0
@@ -92,7 +98,7 @@ def feed(
             before = layout.read(error, t, size).astype(jnp.float32)
             total = jnp.clip(before + layout.read(gradient, t, size), -largest, largest)
             total = jnp.where(accepted, total, before)
-            taken = _pick(total, kept, t, values, offsets, rounded)
+            taken = _pick(total, kept, t, values, offsets, rounding(total))
             left = within(jnp.where(accepted, total - taken, total), rest.dtype)
             layout.write(rest, t, size, left.astype(rest.dtype))
             return 0

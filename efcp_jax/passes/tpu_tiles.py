@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
 
 # Lanes of a register: blocks of a tile, and entries that are transposed at a time.
@@ -104,3 +105,18 @@ def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
         ref[span, low:high] = entries.T
     else:
         ref[low:high, span] = entries
+
+
+def lines(scales: jax.Array) -> jax.Array:
+    """Return numbers for each entry of a tile, `(tiles, n)`, as kernels read them.
+
+    They lie on lanes, `(tiles, 1, n)`, n filled up to whole registers. Spread over all
+    blocks by XLA they would take twice the bytes of the entries.
+    """
+    missing = -scales.shape[1] % LANES
+    return jnp.pad(scales, ((0, 0), (0, missing)))[:, None]
+
+
+def column(line: jax.Array) -> jax.Array:
+    """Return a line of numbers, `(1, n)`, on sublanes, `(n, 128)`."""
+    return jnp.broadcast_to(line, (LANES, line.shape[1])).T

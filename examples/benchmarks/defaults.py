@@ -31,6 +31,8 @@ WINDOWS = [{"window_size": window} for window in (16, 32)]
 SPARSE = [
     {"block_size": 1 << 20},  # one block of all parameters
     {"value_dtype": jnp.bfloat16},
+    {"value_dtype": jnp.int8},
+    {"value_dtype": jnp.float8_e4m3fn},
     {"error_dtype": jnp.bfloat16},
     {"error_feedback": False},
 ]

@@ -5,11 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 import tile_cases
 from tile_cases import Case
 
 from efcp_jax.passes import tpu_add, tpu_inner, tpu_select
+from efcp_jax.passes.entries import Storage
+from efcp_jax.passes.scaled import ScaledRow
 
 
 # Programs with tiles to spare, rows that fill no step, several parts of a window, all
@@ -90,6 +93,35 @@ def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
     np.testing.assert_array_equal(rest, left)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_feed_rounds_every_tile_by_itself(case, dtype):
+    error, gradient = tile_cases.vector(case, 1), tile_cases.vector(case, 2)
+    # Tiles of every magnitude; one so small that all of it is left.
+    each = 10.0 ** np.linspace(30, -25, case.tiles).astype(np.float32)
+    if case.tiles > 2:
+        each[1] = 2e-32
+    each = np.repeat(each, case.lanes)[:, None]
+    error, gradient = error * each, gradient * each
+    feed = compiled(tpu_select.feed, kept=case.kept, dtype=dtype)
+    given = jnp.asarray(error), jnp.asarray(gradient), jnp.asarray(True)
+    values, offsets, rest = feed(*given)
+    total = error + gradient
+    places = tile_cases.largest(total, case.kept)
+    np.testing.assert_array_equal(tile_cases.blocks_of(offsets), places)
+    row = np.zeros_like(total)
+    np.put_along_axis(row, places, np.take_along_axis(total, places, 1), 1)
+    row = oracles.quantised(row.reshape(-1), case.size, jnp.dtype(dtype))
+    row = row.reshape(total.shape)
+    row[each[:, 0] == np.float32(2e-32)] = 0
+    got = tile_cases.blocks_of(values)
+    np.testing.assert_array_equal(got, np.take_along_axis(row, places, 1))
+    np.testing.assert_array_equal(rest, total - row)
+    # What is stored is what was rounded.
+    stored = Storage.of(jnp.dtype(dtype), case.size).store(values, offsets)
+    assert isinstance(stored, ScaledRow)
+    np.testing.assert_array_equal(stored.load(jnp.float32), values)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_feed_leaves_the_error_alone_if_told_so(dtype):
     case = CASES[3]
@@ -128,6 +160,11 @@ def test_every_tile_has_scales_of_its_own(case, dtype):
     values, offsets, _ = stored
     got = add(values, offsets, jnp.asarray(weights), scales=jnp.asarray(scales))
     tile_cases.assert_sums(got, np.moveaxis(matrix, 0, 2), weights)
+    row, vector = tile_cases.newest(case, dtype)
+    inner = compiled(tpu_inner.inner)
+    sums = inner(values, offsets, *row, scales=jnp.asarray(scales))
+    got = jnp.sum(sums.reshape(case.rows, -1), axis=1)
+    tile_cases.assert_sums(got, matrix, vector, axes=2)
 
 
 def test_rows_are_added_onto_a_vector(case):
