@@ -1,5 +1,7 @@
 """A Gram matrix for each leaf: the step of every leaf by itself."""
 
+import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -97,8 +99,9 @@ def test_dense_windows_keep_no_error_and_skip_what_is_not_finite():
 
 
 @pytest.mark.parametrize("spec", [P(), P("x")])
-def test_steps_on_a_mesh_are_those_on_one_device(spec):
-    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True)
+@pytest.mark.parametrize("metric", [None, efcp_jax.diagonal_metric()])
+def test_steps_on_a_mesh_are_those_on_one_device(spec, metric):
+    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True, metric=metric)
     expected, _ = run(tx, steps)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -113,3 +116,52 @@ def test_memory_counts_a_gram_for_each_leaf():
     like = [jnp.zeros(shape) for shape in SHAPES]
     report = efcp_jax.memory_report(SCALES["mfac"](block_diagonal=True), like)
     assert report.fields["gram"] == len(SHAPES) * WINDOW**2 * 4
+
+
+def test_products_with_the_inverse_are_those_of_each_leaf_in_float64():
+    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True)
+    _, state = run(tx, steps)
+    found = efcp_jax.inverse_fisher_product(
+        steps[0], state, 0.1, compressor=efcp_jax.identity(), block_diagonal=True
+    )
+    for i, product in enumerate(found):
+        rows = [np.ravel(step[i]) for step in steps[-WINDOW:]]
+        rows = np.asarray(rows, np.float64)
+        matrix = 0.1 * np.eye(rows.shape[1]) + rows.T @ rows / WINDOW
+        exact = np.linalg.solve(matrix, np.ravel(np.float64(steps[0][i])))
+        np.testing.assert_allclose(np.ravel(product), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_training_goes_on_from_a_checkpoint_bit_by_bit(name):
+    steps, tx = gradients(2 * WINDOW), SCALES[name](block_diagonal=True)
+    whole, end = run(tx, steps)
+    _, middle = run(tx, steps[:4])
+    data = flax.serialization.to_bytes(middle)
+    restored = flax.serialization.from_bytes(tx.init(steps[0]), data)
+    rest, last = run(tx, steps[4:], jax.tree.map(jnp.asarray, restored))
+    chex.assert_trees_all_equal(rest, whole[4:])
+    chex.assert_trees_all_equal(last, end)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_fixed_metric_scales_gradients_and_updates(name):
+    steps, given = gradients(), [4.0, 1.0, 0.25, 16.0, 9.0]
+    scaled = lambda tree: [x / d**0.5 for x, d in zip(tree, given, strict=True)]
+    metric = efcp_jax.fixed_metric(given)
+    found, _ = run(SCALES[name](block_diagonal=True, metric=metric), steps)
+    expected, _ = run(
+        SCALES[name](block_diagonal=True), [scaled(step) for step in steps]
+    )
+    close(found, [scaled(update) for update in expected])
+
+
+def test_kernels_do_not_follow_the_number_of_leaves():
+    def operations(count):
+        tree = [jnp.zeros((12, 9))] * count
+        tx = SCALES["mfac"](block_diagonal=True)
+        text = jax.jit(tx.update).lower(tree, tx.init(tree), tree).as_text()
+        heavy = ("dot_general", "cholesky", "custom_call", "while", "case")
+        return {word: text.count(word) for word in heavy}
+
+    assert operations(2) == operations(20)
