@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from efcp_jax import _validate, intake, window as windows
-from efcp_jax.compressors import Compressor, Space, identity
+from efcp_jax.compressors import Compressor, Space, identity, scoped
 from efcp_jax.metrics import Metric
 from efcp_jax.metrics.base import required
 from efcp_jax.preconditioners import gram as grams
@@ -108,6 +108,7 @@ def preconditioned(
     *,
     window_size: int | None,
     compressor: Compressor | None,
+    block_diagonal: bool,
     metric: Metric | None,
     error_feedback: bool,
     error_dtype: jax.typing.DTypeLike | None,
@@ -119,6 +120,8 @@ def preconditioned(
         _compressor(compressor),
         None if metric is None else required(metric),
     )
+    block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
+    compressor = scoped(compressor, block_diagonal)
     size = WINDOW_SIZE
     if window_size is not None:
         size = _validate.positive_int("window_size", window_size)

@@ -24,6 +24,7 @@ def ggt(
     *,
     relative: bool = False,
     nesterov: bool = False,
+    block_diagonal: bool = False,
     metric: Metric | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -56,6 +57,8 @@ def ggt(
         relative: Whether eps is in units of the root mean square of the norms of the
             window's rows, so that the scale of the loss does not matter.
         nesterov: Whether the first moment looks ahead.
+        block_diagonal: Whether every leaf has a Gram matrix of its own, instead of one
+            for all parameters.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -100,6 +103,7 @@ def ggt(
         b2=b2,
         nesterov=nesterov,
         compressor=compressors.identity(value_dtype=value_dtype),
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

@@ -23,6 +23,7 @@ def mfac(
     relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
+    block_diagonal: bool = False,
     metric: Metric | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -56,6 +57,8 @@ def mfac(
             rows over m, so that the scale of the loss does not matter to it.
         b1: Decay of a first moment over the window, in [0, 1).
         nesterov: Whether that moment looks ahead.
+        block_diagonal: Whether every leaf has a Gram matrix of its own, instead of one
+            for all parameters.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -101,6 +104,7 @@ def mfac(
         nesterov=nesterov,
         divisor=divisor,
         compressor=compressors.identity(value_dtype=value_dtype),
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from efcp_jax import _validate, _validate_trees, window as windows
-from efcp_jax.compressors import Compressor
+from efcp_jax.compressors import Compressor, scoped
 from efcp_jax.preconditioners.ridge import ridge
 from efcp_jax.protocol import transformation
 from efcp_jax.reports.find import own_states
@@ -29,6 +29,7 @@ def inverse_fisher_product(
     damping: chex.Numeric,
     *,
     compressor: Compressor,
+    block_diagonal: bool = False,
     divisor: str = "window_size",
     sharding: Any = None,
 ) -> Any:
@@ -47,6 +48,7 @@ def inverse_fisher_product(
             that of the training.
         compressor: The compressor that the state was made with, such as `identity()`
             for `mfac` and `top_k(2 / 128, block_size=128)` for `sparse_mfac`.
+        block_diagonal: As the state was made with.
         divisor: `"window_size"` averages the Fisher matrix over $m$ rows, `"filled"`
             over the rows there are; as of `scale_by_mfac`.
         sharding: As of `scale_by_mfac`.
@@ -100,6 +102,8 @@ def inverse_fisher_product(
             "`compressor` must be the compressor that `state` was made with, got"
             f" {compressor!r}. Pass for example `efcp_jax.identity()`."
         )
+    block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
+    compressor = scoped(compressor, block_diagonal)
     if callable(damping):
         raise TypeError(
             f"`damping` must be a number, got {damping!r}. Pass the schedule's value."

@@ -26,6 +26,7 @@ def scale_by_ggt(
     b2: chex.Numeric = 1.0,
     nesterov: bool = False,
     compressor: Compressor | None = None,
+    block_diagonal: bool = False,
     metric: Metric | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
@@ -55,6 +56,9 @@ def scale_by_ggt(
         nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
             + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
+        block_diagonal: Whether every leaf has a Gram matrix of its own, a
+            block-diagonal preconditioner, instead of one for all parameters. With
+            `identity()` and `low_rank(...)`; other compressors are refused.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -96,6 +100,8 @@ def scale_by_ggt(
         Memory: the window (m times the compressed gradient), the error and m^2 numbers.
         Time: one compression, two passes over the window and an eigendecomposition of
         an `(m, m)` matrix, about 10 m^3 operations.
+        With `block_diagonal` there are a Gram matrix and a system for each leaf,
+        solved in one batch for leaves of one shape.
         Accuracy: singular values below 3e-4 of the largest are not resolved in float32.
     """
     eps = _validate.number(
@@ -141,6 +147,7 @@ def scale_by_ggt(
         {"eps": eps, "b1": b1, "b2": b2},
         window_size=window_size,
         compressor=compressor,
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

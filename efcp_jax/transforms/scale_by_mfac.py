@@ -27,6 +27,7 @@ def scale_by_mfac(
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
     compressor: Compressor | None = None,
+    block_diagonal: bool = False,
     metric: Metric | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
@@ -55,6 +56,9 @@ def scale_by_mfac(
         nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
             + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
+        block_diagonal: Whether every leaf has a Gram matrix of its own, a
+            block-diagonal preconditioner, instead of one for all parameters. With
+            `identity()` and `low_rank(...)`; other compressors are refused.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -102,6 +106,8 @@ def scale_by_mfac(
         the factorisation that is kept 2 m^2 on CPUs, and m^3 / 3 once in 64 steps or
         when the damping has changed. On GPUs the host reads one boolean a step: whether
         the m x m matrix is singular to within rounding.
+        With `block_diagonal` there are a Gram matrix and a system for each leaf,
+        solved in one batch for leaves of one shape.
         Accuracy: the relative error is the rounding unit times the condition number of
         $\lambda I + K / m$ scaled to unit diagonal; nearly dependent rows with tiny
         $\lambda$ are treated as dependent from about 1e6 on in float32.
@@ -141,6 +147,7 @@ def scale_by_mfac(
         {"damping": damping, "b1": b1},
         window_size=window_size,
         compressor=compressor,
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

@@ -1,0 +1,167 @@
+"""A Gram matrix for each leaf: the step of every leaf by itself."""
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import pytest
+
+import efcp_jax
+
+
+SHAPES = [(6, 5), (30,), (), (5, 6), (40,)]
+WINDOW, STEPS = 3, 7
+SCALES = {
+    "mfac": lambda **kw: efcp_jax.scale_by_mfac(WINDOW, 0.1, **kw),
+    "ggt": lambda **kw: efcp_jax.scale_by_ggt(WINDOW, 1e-2, **kw),
+}
+
+
+def gradients(steps=STEPS):
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return [[draw(shape) for shape in SHAPES] for _ in range(steps)]
+
+
+def run(tx, steps, state=None):
+    state = tx.init(steps[0]) if state is None else state
+    update, updates = jax.jit(tx.update), []
+    for gradient in steps:
+        result, state = update(gradient, state, gradient)
+        updates.append(jax.device_get(result))
+    return updates, state
+
+
+def close(found, expected, rtol=1e-4):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5)
+
+
+def fisher(rows, damping=0.1):
+    """Return the M-FAC update of the newest of `rows`, in float64 and in full."""
+    rows = np.asarray(rows, np.float64)
+    matrix = damping * np.eye(rows.shape[1]) + rows.T @ rows / WINDOW
+    return np.linalg.solve(matrix, rows[-1])
+
+
+def adagrad(rows, eps=1e-2):
+    """Return the GGT update of the newest of `rows`, in float64 and in full."""
+    rows = np.asarray(rows, np.float64)
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    root = np.sqrt(np.maximum(values, 0))
+    return vectors @ (vectors.T @ rows[-1] / (root + eps))
+
+
+@pytest.mark.parametrize(("name", "exact"), [("mfac", fisher), ("ggt", adagrad)])
+def test_dense_steps_are_those_of_each_leaf_in_float64(name, exact):
+    steps = gradients()
+    updates, _ = run(SCALES[name](block_diagonal=True), steps)
+    for t, update in enumerate(updates):
+        for i, found in enumerate(update):
+            kept = steps[max(0, t + 1 - WINDOW) : t + 1]
+            rows = [np.ravel(step[i]) for step in kept]
+            np.testing.assert_allclose(
+                np.ravel(found), exact(rows), rtol=2e-3, atol=2e-4
+            )
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_step_is_the_step_of_each_leaf_by_itself(name, rank):
+    compressor = efcp_jax.identity() if rank is None else efcp_jax.low_rank(rank)
+    steps = gradients()
+    updates, _ = run(SCALES[name](compressor=compressor, block_diagonal=True), steps)
+    for i in range(len(SHAPES)):
+        alone, _ = run(SCALES[name](compressor=compressor), [s[i] for s in steps])
+        close([u[i] for u in updates], alone, 1e-3)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_top_k_and_by_label_are_refused(name):
+    labelled = efcp_jax.by_label({"a": efcp_jax.identity()}, lambda p: "a")
+    for compressor in (efcp_jax.top_k(), labelled):
+        with pytest.raises(ValueError, match="`block_diagonal` must be False") as error:
+            SCALES[name](compressor=compressor, block_diagonal=True)
+        assert "low_rank" in str(error.value)
+
+
+def test_dense_windows_keep_no_error_and_skip_what_is_not_finite():
+    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True)
+    _, state = run(tx, steps)
+    assert state.error is None
+    broken = [leaf.at[...].set(jnp.nan) for leaf in steps[0]]
+    (update,), after = run(tx, [broken], state)
+    assert all(not np.any(leaf) for leaf in update)
+    assert int(after.skipped) == 1
+    close(after.gram, state.gram, 0)
+
+
+@pytest.mark.parametrize("spec", [P(), P("x")])
+@pytest.mark.parametrize("metric", [None, efcp_jax.diagonal_metric()])
+def test_steps_on_a_mesh_are_those_on_one_device(spec, metric):
+    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True, metric=metric)
+    expected, _ = run(tx, steps)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        place = lambda g: jax.device_put(
+            g, NamedSharding(mesh, spec if g.shape and g.shape[0] % 2 == 0 else P())
+        )
+        found, _ = run(tx, jax.tree.map(place, steps))
+    close(found, expected)
+
+
+def test_memory_counts_a_gram_for_each_leaf():
+    like = [jnp.zeros(shape) for shape in SHAPES]
+    report = efcp_jax.memory_report(SCALES["mfac"](block_diagonal=True), like)
+    assert report.fields["gram"] == len(SHAPES) * WINDOW**2 * 4
+
+
+def test_products_with_the_inverse_are_those_of_each_leaf_in_float64():
+    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True)
+    _, state = run(tx, steps)
+    found = efcp_jax.inverse_fisher_product(
+        steps[0], state, 0.1, compressor=efcp_jax.identity(), block_diagonal=True
+    )
+    for i, product in enumerate(found):
+        rows = [np.ravel(step[i]) for step in steps[-WINDOW:]]
+        rows = np.asarray(rows, np.float64)
+        matrix = 0.1 * np.eye(rows.shape[1]) + rows.T @ rows / WINDOW
+        exact = np.linalg.solve(matrix, np.ravel(np.float64(steps[0][i])))
+        np.testing.assert_allclose(np.ravel(product), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_training_goes_on_from_a_checkpoint_bit_by_bit(name):
+    steps, tx = gradients(2 * WINDOW), SCALES[name](block_diagonal=True)
+    whole, end = run(tx, steps)
+    _, middle = run(tx, steps[:4])
+    data = flax.serialization.to_bytes(middle)
+    restored = flax.serialization.from_bytes(tx.init(steps[0]), data)
+    rest, last = run(tx, steps[4:], jax.tree.map(jnp.asarray, restored))
+    chex.assert_trees_all_equal(rest, whole[4:])
+    chex.assert_trees_all_equal(last, end)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_fixed_metric_scales_gradients_and_updates(name):
+    steps, given = gradients(), [4.0, 1.0, 0.25, 16.0, 9.0]
+    scaled = lambda tree: [x / d**0.5 for x, d in zip(tree, given, strict=True)]
+    metric = efcp_jax.fixed_metric(given)
+    found, _ = run(SCALES[name](block_diagonal=True, metric=metric), steps)
+    expected, _ = run(
+        SCALES[name](block_diagonal=True), [scaled(step) for step in steps]
+    )
+    close(found, [scaled(update) for update in expected])
+
+
+def test_kernels_do_not_follow_the_number_of_leaves():
+    def operations(count):
+        tree = [jnp.zeros((12, 9))] * count
+        tx = SCALES["mfac"](block_diagonal=True)
+        text = jax.jit(tx.update).lower(tree, tx.init(tree), tree).as_text()
+        heavy = ("dot_general", "cholesky", "custom_call", "while", "case")
+        return {word: text.count(word) for word in heavy}
+
+    assert operations(2) == operations(20)
