@@ -47,7 +47,9 @@ def history(name, accept=(True,) * STEPS):
     def insert_all(gradients, accept):
         def insert(carry, given):
             (before, basis), (gradient, accepted) = carry, given
-            new = feedback.compress(space, gradient, None, basis, scaled=True)
+            new = feedback.compress(
+                space, gradient, None, basis, scaled=True, accept=jnp.asarray(True)
+            )
             products = windows.inner(space, before, new.row)
             after = windows.insert(before, new.row, new.scale, accepted)
             rows = [cases.stored_row(space, after.rows, i) for i in SLOTS]
