@@ -28,8 +28,8 @@ BUDGETS = {
         "sparse-ggt-1/128-m64-flat": FLAT | {"gigabytes": 0.8},
         "sparse-1/128-m64-transformer": {"gigabytes": 1.5, "kernels": 650},
         "sparse_mfac-flat": FLAT | {"gigabytes": 0.8},
-        "metric-2/128-m16-flat": FLAT | {"gigabytes": 1.4},
-        "metric-2/128-m16-transformer": {"gigabytes": 2.2, "kernels": 1300},
+        "ggt-metric-2/128-m16-flat": FLAT | {"gigabytes": 1.4},
+        "ggt-metric-2/128-m16-transformer": {"gigabytes": 2.2, "kernels": 1300},
         "low-rank-4-m64-equal": {"kernels": 300},
         "low-rank-4-m64-transformer": {"kernels": 600},
         # Of this 1.73 are in main memory: two passes over the window, three reads of a
@@ -46,8 +46,8 @@ BUDGETS = {
         "sparse-ggt-1/128-m64-flat": FLAT | H100,
         "sparse-1/128-m64-transformer": H100 | {"percent": 80, "kernels": 750},
         "sparse_mfac-flat": FLAT | H100 | {"percent": 60},
-        "metric-2/128-m16-flat": FLAT | H100 | {"kernels": 80},
-        "metric-2/128-m16-transformer": H100 | {"percent": 100, "kernels": 1300},
+        "ggt-metric-2/128-m16-flat": FLAT | H100 | {"kernels": 80},
+        "ggt-metric-2/128-m16-transformer": H100 | {"percent": 100, "kernels": 1300},
         "low-rank-4-m64-equal": H100 | {"kernels": 300},
         "low-rank-4-m64-transformer": H100 | {"kernels": 800},
         "dense-m16-transformer": H100 | {"percent": 15, "kernels": 100},
@@ -84,8 +84,10 @@ def test_step_is_within_its_budget(platform, case, record_property):
         assert [call for call in calls if DECOMPOSITIONS.search(call)] == []
     if case.endswith("transformer"):
         adamw = compiling.measure(platform, "adamw-transformer")
+        # A metric adds two sums of every leaf, and a factor on its way in and out.
+        most = 2 if "metric" in case else 1
         for size in ("lowered_lines", "instructions"):
-            assert result[size] < adamw[size]
+            assert result[size] < most * adamw[size]
 
 
 @platforms
