@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from efcp_jax import feedback
 from efcp_jax.compressors import Space
 from efcp_jax.devices.layout import Layout
-from efcp_jax.metrics import Measured, Metric, MetricState
+from efcp_jax.metrics import Measured, Metric
 
 
 class Taken(NamedTuple):
@@ -43,9 +43,7 @@ class Taken(NamedTuple):
 
     def metric(self, accept: jax.Array, mean: jax.Array | None, old: Any) -> Any:
         """Return the next state of the metric, from the mean of its moments."""
-        if self.measured is None or mean is None:
-            return old
-        new = MetricState(mean, self.measured.moments)
+        new = None if self.measured is None else self.measured.state(mean)
         return new if self.guarded else select(accept, new, old)
 
     def outward(self, make: Callable[[Any], Any], value: Any) -> Any:

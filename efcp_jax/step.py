@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, intake, window as windows
+from efcp_jax import _validate, intake, passes, window as windows
 from efcp_jax.compressors import Compressor, Space, identity, scoped
 from efcp_jax.metrics import Metric
-from efcp_jax.metrics.base import required
+from efcp_jax.metrics.base import optional
 from efcp_jax.preconditioners import gram as grams
 from efcp_jax.protocol import transformation
 from efcp_jax.states import ErrorFeedbackState
@@ -43,10 +43,7 @@ def compressed(
     sharding: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that emits $c_t$; arguments as `error_feedback`."""
-    compressor, metric = (
-        _compressor(compressor),
-        None if metric is None else required(metric),
-    )
+    compressor, metric = _compressor(compressor), optional(metric)
     error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
@@ -116,10 +113,7 @@ def preconditioned(
     sharding: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation with the coefficients of either preconditioner."""
-    compressor, metric = (
-        _compressor(compressor),
-        None if metric is None else required(metric),
-    )
+    compressor, metric = _compressor(compressor), optional(metric)
     block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
     compressor = scoped(compressor, block_diagonal)
     size = WINDOW_SIZE
@@ -179,8 +173,7 @@ def preconditioned(
         products, share = layout.sum((products, new.share))
         if layout.axes:
             if skip_nonfinite:
-                finite = [jnp.all(jnp.isfinite(k)) for k in jax.tree.leaves(products)]
-                accept = functools.reduce(jnp.logical_and, finite, new.finite)
+                accept = new.finite & passes.all_finite(jax.tree.leaves(products))
             window = windows.insert(window, row, scale, accept)
         replace = lambda old, row: grams.replace(old, row, slot, accept)
         gram = jax.tree.map(space.each_gram(replace), state.gram, products)

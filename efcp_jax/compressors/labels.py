@@ -1,16 +1,12 @@
 """Labels of the leaves of a tree: which of several compressors takes which leaf."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.prefixes import names_of
-
-
-# The label of every subtree, by the names on the way to it.
-Prefix: TypeAlias = tuple[tuple[tuple[str, ...], str], ...]
+from efcp_jax.devices.prefixes import Prefix, broadcast, names_of
 
 
 def prefix(labels: Any, known: Iterable[str]) -> Prefix:
@@ -62,17 +58,16 @@ def members(
         return dict.fromkeys(known, ())
     leaves = [jax.ShapeDtypeStruct(leaf.whole, leaf.dtype) for leaf in layout.leaves]
     tree = layout.treedef.unflatten(leaves)
-    given = dict(prefix(labels(tree), known) if callable(labels) else labels)
+    given = broadcast(
+        prefix(labels(tree), known) if callable(labels) else labels,
+        tree,
+        lambda name, leaf: ValueError(
+            f"`labels` has no entry for {name} of shape {leaf.shape}. Give it, or a"
+            " tree above it, the name of a compressor."
+        ),
+    )
     found: dict[str, list[int]] = {label: [] for label in known}
-    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        names = names_of(path)
-        above = (names[:n] for n in range(len(names), -1, -1))
-        label = next((given[each] for each in above if each in given), None)
-        if label is None:
-            raise ValueError(
-                f"`labels` has no entry for params{jax.tree_util.keystr(path)} of shape"
-                f" {leaf.shape}. Give it, or a tree above it, the name of a compressor."
-            )
+    for index, label in enumerate(given):
         found[label].append(index)
     for label, indices in found.items():
         if not indices:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from efcp_jax.devices import auto
 from efcp_jax.devices.boxes import is_variable
 from efcp_jax.devices.layout import Layout, Leaf
-from efcp_jax.devices.prefixes import broadcast, leaf_name
+from efcp_jax.devices.prefixes import broadcast, leaf_name, names_of
 
 
 class Placement(NamedTuple):
@@ -112,11 +112,11 @@ def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
                 "`sharding` must be a tree of NamedShardings or PartitionSpecs, got"
                 f" {each!r} at {leaf_name(path)}."
             )
-        given.append((path, each))
+        given.append((names_of(path), each))
     return broadcast(
-        given,
+        tuple(given),
         tree,
-        lambda name: ValueError(
+        lambda name, _: ValueError(
             f"`sharding` has no entry for the parameter {name}. Give it a"
             " NamedSharding or a PartitionSpec; `PartitionSpec()` replicates it."
         ),

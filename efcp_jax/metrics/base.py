@@ -13,6 +13,7 @@ import jax
 from jax import lax
 
 from efcp_jax.devices.layout import Layout
+from efcp_jax.metrics.moments import MetricState
 
 
 class Root(NamedTuple):
@@ -56,6 +57,10 @@ class Measured(NamedTuple):
         arrays, value = lax.optimization_barrier((self.arrays, value))
         return self._replace(arrays=arrays), value
 
+    def state(self, mean: jax.Array | None) -> MetricState | None:
+        """Return what is kept, given the mean of the moments; None for nothing."""
+        return None if mean is None else MetricState(mean, self.moments)
+
     def scaled(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         r"""Return $D^{-1/2}$ times the leaves of `tree`, in the working dtype."""
         leaves = zip(self.layout.wide(tree), self.roots, strict=True)
@@ -97,6 +102,11 @@ class Metric(Protocol):
             The metric.
         """
         ...
+
+
+def optional(metric: Any) -> Metric | None:
+    """Return `metric`, which may be None, or raise if it is something else."""
+    return None if metric is None else required(metric)
 
 
 def required(metric: Any) -> Metric:

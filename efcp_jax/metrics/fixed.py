@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.prefixes import broadcast
+from efcp_jax.devices.prefixes import Prefix, broadcast, names_of
 from efcp_jax.metrics.base import Measured, Root
 
 
@@ -20,10 +20,10 @@ class FixedMetric:
     """Configuration of a fixed metric; made by `fixed_metric`.
 
     Attributes:
-        diagonal: Paths in the tree of parameters, and the positive number of each.
+        diagonal: A positive number for every leaf, or for a branch of them.
     """
 
-    diagonal: tuple[tuple[Any, float], ...]
+    diagonal: Prefix
 
     def init(self, layout: Layout) -> None:
         """Return nothing: there is nothing to learn."""
@@ -44,9 +44,9 @@ class FixedMetric:
         """Return the numbers given for the leaves; see `Metric`."""
         del state, seen, guarded
         given = broadcast(
-            list(self.diagonal),
+            self.diagonal,
             tree,
-            lambda name: ValueError(
+            lambda name, _: ValueError(
                 f"`diagonal` has no entry for the parameter {name}. Give it a positive"
                 " number; 1.0 leaves it as it is."
             ),
@@ -103,4 +103,4 @@ def fixed_metric(diagonal: Any) -> FixedMetric:
     check = functools.partial(
         _validate.number_now, low=0.0, open_low=True, remedy="Pass positive numbers."
     )
-    return FixedMetric(tuple((path, check("diagonal", each)) for path, each in given))
+    return FixedMetric(tuple((names_of(p), check("diagonal", x)) for p, x in given))

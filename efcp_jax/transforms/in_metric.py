@@ -77,22 +77,17 @@ def in_metric(
         held = metric.init(layout) if state is None else state
         return metric.measure(layout, tree, held, seen, True)
 
-    def settled(measured):
-        # Arrays on a mesh are in a state as they come out of this.
-        if measured.share is None:
-            return None
-        return MetricState(measured.share, measured.moments)
-
     def init_fn(params) -> Any:
-        _validate_trees.floating_leaves(strip_boxes(params))
-        count = jnp.zeros((), jnp.int32)
-        zeros = jax.tree.map(jnp.zeros_like, strip_boxes(params))
-        measured = measure(zeros, None, count)
-        return InMetricState(count, settled(measured), tx.init(params))
+        plain, count = strip_boxes(params), jnp.zeros((), jnp.int32)
+        _validate_trees.floating_leaves(plain)
+        # Arrays on a mesh are in a state as they come out of this.
+        measured = measure(jax.tree.map(jnp.zeros_like, plain), None, count)
+        return InMetricState(count, measured.state(measured.share), tx.init(params))
 
     def update_fn(updates, state, params=None, **extra_args) -> Any:
-        _validate_trees.floating_leaves(strip_boxes(updates), "updates")
-        measured = measure(strip_boxes(updates), state.metric, state.count)
+        plain = strip_boxes(updates)
+        _validate_trees.floating_leaves(plain, "updates")
+        measured = measure(plain, state.metric, state.count)
         inner_updates, inner = tx.update(
             _scaled(measured, updates), state.inner, params, **extra_args
         )
@@ -100,7 +95,7 @@ def in_metric(
         count = optax.safe_increment(state.count)
         return _scaled(behind, inner_updates), InMetricState(
             count=jnp.where(measured.finite, count, state.count),
-            metric=settled(measured),
+            metric=measured.state(measured.share),
             inner=inner,
         )
 
