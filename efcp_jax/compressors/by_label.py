@@ -18,10 +18,12 @@ class ByLabel:
         compressors: Label and compressor, pair by pair.
         labels: Path and label of each labelled subtree, or a function that makes labels
             from parameters.
+        block_diagonal: Whether every compressor keeps a Gram matrix for each leaf.
     """
 
     compressors: tuple[tuple[str, Compressor], ...]
     labels: Prefix | Callable[[Any], Any]
+    block_diagonal: bool = False
 
     @property
     def lossless(self) -> bool:
@@ -36,7 +38,7 @@ class ByLabel:
             Part.of(label, compressor, layout, found[label])
             for label, compressor in self.compressors
         )
-        return LabelledSpace(layout, tuple(parts))
+        return LabelledSpace(layout, tuple(parts), self.block_diagonal)
 
 
 def by_label(
@@ -119,6 +121,6 @@ def _check(label: Any, compressor: Any) -> None:
     if getattr(compressor, "block_diagonal", False):
         raise ValueError(
             f"`compressors[{label!r}]` keeps a Gram matrix for each leaf, but parts"
-            " share one. Pass `low_rank(..., block_diagonal=False)`, or give every part"
-            " a transformation of its own with `optax.partition`."
+            " share one. Pass `block_diagonal=True` to `scale_by_mfac` or"
+            " `scale_by_ggt`, which holds for all parts."
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from efcp_jax.compressors import batches
+from efcp_jax.compressors import batches, many_grams
 from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.groups import Group
 from efcp_jax.compressors.matrix import Matrix
@@ -214,20 +214,13 @@ class LowRankSpace:
     def grams(self, value: Any) -> Any:  # noqa: D102
         if not self.block_diagonal:
             return value
-        stack = lambda group, x: jnp.broadcast_to(x, (len(group.indices), *x.shape))
-        return {
-            g.name: jax.tree.map(
-                lambda x, g=g: x if isinstance(x, PartitionSpec) else stack(g, x), value
-            )
-            for g in self.groups
-        }
+        counts = {group.name: len(group.indices) for group in self.groups}
+        return many_grams.repeated(counts, value)
 
     def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
         if not self.block_diagonal:
             return function
-        if in_turn:
-            return lambda *arrays: lax.map(lambda each: function(*each), arrays)
-        return jax.vmap(function)
+        return many_grams.batched(function, in_turn)
 
     def mover(self, new: "LowRankSpace") -> FactorMover:  # noqa: D102
         return FactorMover(self, new)

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from efcp_jax.compressors import many_grams
 from efcp_jax.compressors.base import Compressor, Space
+from efcp_jax.compressors.part_movers import LabelledMover
 from efcp_jax.devices.layout import Layout
 
 
@@ -61,6 +63,7 @@ class LabelledSpace:
 
     layout: Layout
     parts: tuple[Part, ...]
+    block_diagonal: bool = False
 
     def _divided(self, tree: chex.ArrayTree) -> Parts:
         leaves = jax.tree.leaves(tree)
@@ -147,49 +150,68 @@ class LabelledSpace:
             for p, (ratio,) in zip(self.parts, row.ratios, strict=True)
         }
 
-    def inner(self, window: LabelledRow, row: LabelledRow) -> jax.Array:  # noqa: D102
-        each = zip(self.parts, window.ratios * row.ratios, strict=True)
-        return sum(
-            (
-                part.space.inner(window.parts[part.label], row.parts[part.label])
-                * ratio
-                for part, ratio in each
-            ),
-            jnp.zeros((), self.layout.dtype),
-        )
+    def inner(self, window: LabelledRow, row: LabelledRow) -> Any:  # noqa: D102
+        products = {
+            p.label: p.space.inner(window.parts[p.label], row.parts[p.label])
+            for p in self.parts
+        }
+        return self._sum(products, window.ratios * row.ratios)
 
-    def dot(self, window: LabelledRow, vector: Parts) -> jax.Array:  # noqa: D102
-        each = zip(self.parts, window.ratios, strict=True)
-        return sum(
-            (
-                part.space.dot(window.parts[part.label], vector[part.label]) * ratio
-                for part, ratio in each
-            ),
-            jnp.zeros((), self.layout.dtype),
-        )
+    def dot(self, window: LabelledRow, vector: Parts) -> Any:  # noqa: D102
+        products = {
+            p.label: p.space.dot(window.parts[p.label], vector[p.label])
+            for p in self.parts
+        }
+        return self._sum(products, window.ratios)
 
-    def combine(self, window: LabelledRow, coefficients: jax.Array):  # noqa: D102
+    def _sum(self, products: Parts, ratios: jax.Array) -> Any:
+        """Return inner products of the parts as there are Gram matrices."""
+        products = self._times(products, ratios)
+        if self.block_diagonal:
+            return products
+        return sum(products.values(), jnp.zeros((), self.layout.dtype))
+
+    def _times(self, products: Parts, ratios: jax.Array) -> Parts:
+        """Return what there is for the rows of each part, times its own ratios."""
         return {
-            p.label: p.space.combine(window.parts[p.label], coefficients * ratios)
-            for p, ratios in zip(self.parts, window.ratios, strict=True)
+            p.label: jax.tree.map(lambda x, own=own: x * own, products[p.label])
+            for p, own in zip(self.parts, ratios, strict=True)
         }
 
-    def update(self, window: LabelledRow, coefficients: jax.Array):  # noqa: D102
+    def _weights(self, coefficients: Any, ratios: jax.Array) -> Parts:
+        """Return the coefficients of the rows of each part."""
+        if not self.block_diagonal:
+            coefficients = {p.label: coefficients for p in self.parts}
+        return self._times(coefficients, ratios)
+
+    def combine(self, window: LabelledRow, coefficients: Any):  # noqa: D102
+        weights = self._weights(coefficients, window.ratios)
+        return {
+            p.label: p.space.combine(window.parts[p.label], weights[p.label])
+            for p in self.parts
+        }
+
+    def update(self, window: LabelledRow, coefficients: Any):  # noqa: D102
+        weights = self._weights(coefficients, window.ratios)
         return self._united(
             {
-                p.label: p.space.update(window.parts[p.label], coefficients * ratios)
-                for p, ratios in zip(self.parts, window.ratios, strict=True)
+                p.label: p.space.update(window.parts[p.label], weights[p.label])
+                for p in self.parts
             }
         )
 
     def grams(self, value: Any) -> Any:  # noqa: D102
-        return value
+        if not self.block_diagonal:
+            return value
+        return {p.label: p.space.grams(value) for p in self.parts}
 
     def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
-        del in_turn
-        return function
+        # Block-diagonal parts all keep arrays of Gram matrices.
+        if not self.block_diagonal:
+            return function
+        return many_grams.batched(function, in_turn)
 
-    def mover(self, new: "LabelledSpace") -> "LabelledMover":  # noqa: D102
+    def mover(self, new: "LabelledSpace") -> LabelledMover:  # noqa: D102
         labels = [tuple((p.label, p.indices) for p in s.parts) for s in (self, new)]
         if labels[0] != labels[1]:
             raise ValueError(
@@ -197,37 +219,14 @@ class LabelledSpace:
                 f" {labels[0]} and {labels[1]}."
             )
         pairs = zip(self.parts, new.parts, strict=True)
-        return LabelledMover({a.label: a.space.mover(b.space) for a, b in pairs})
+        movers = {a.label: a.space.mover(b.space) for a, b in pairs}
+        return LabelledMover(movers, self.block_diagonal)
 
-    def upgrader(self) -> "LabelledMover":  # noqa: D102
+    def upgrader(self) -> LabelledMover:  # noqa: D102
         raise ValueError(
             "Version 0.1.0 had no `by_label`, so it has saved no state of it. Pass the"
             " transformation that the state was saved with."
         )
-
-
-class LabelledMover:
-    """Moves every part by its own mover."""
-
-    def __init__(self, movers: Parts) -> None:
-        self.movers = movers
-
-    def vector(self, vector: Parts) -> Parts:
-        """Return a vector in the new layout."""
-        return {k: mover.vector(vector[k]) for k, mover in self.movers.items()}
-
-    def basis(self, basis: Parts) -> Parts:
-        """Return what is carried between steps in the new layout."""
-        return {k: self.movers[k].basis(part) for k, part in basis.items()}
-
-    def rows(self, rows: LabelledRow) -> LabelledRow:
-        """Return a window in the new layout."""
-        parts = {k: mover.rows(rows.parts[k]) for k, mover in self.movers.items()}
-        return LabelledRow(parts, rows.ratios)
-
-    def grams(self, grams: Any) -> Any:
-        """Return what there is one of for all parameters."""
-        return grams
 
 
 def _bases(bases: Parts) -> Parts | None:

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax.compressors.base import Compressor
+from efcp_jax.compressors.by_label import ByLabel
+from efcp_jax.compressors.by_leaf import ByLeaf
 from efcp_jax.compressors.factors import LowRankSpace
 from efcp_jax.compressors.groups import groups_of
 from efcp_jax.compressors.identity import Identity
 from efcp_jax.compressors.low_rank import LowRank
+from efcp_jax.compressors.top_k import TopK
 from efcp_jax.devices.layout import Layout
 
 
@@ -41,12 +44,20 @@ def scoped(compressor: Compressor, block_diagonal: bool) -> Compressor:
     """Return `compressor` with a Gram matrix for each leaf if `block_diagonal`."""
     if not block_diagonal:
         return compressor
-    if isinstance(compressor, Identity):
-        return LeafIdentity(compressor.value_dtype)
-    if isinstance(compressor, LowRank):
-        return dataclasses.replace(compressor, block_diagonal=True)
+    match compressor:
+        case Identity():
+            return LeafIdentity(compressor.value_dtype)
+        case LowRank():
+            return dataclasses.replace(compressor, block_diagonal=True)
+        case ByLabel(pairs):
+            parts = tuple((label, scoped(each, True)) for label, each in pairs)
+            return dataclasses.replace(
+                compressor, compressors=parts, block_diagonal=True
+            )
+        case TopK():
+            return ByLeaf(compressor)
     raise ValueError(
-        "`block_diagonal` must be False for every compressor but `identity()` and"
-        f" `low_rank(...)`, got True for {compressor!r}. Pass one of these two, or"
-        " `block_diagonal=False`."
+        "`block_diagonal` must be False for compressors that are not of this package,"
+        f" got True for {compressor!r}. Pass `identity()`, `top_k(...)`,"
+        " `low_rank(...)`, `by_label(...)`, or `block_diagonal=False`."
     )

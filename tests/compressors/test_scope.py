@@ -13,6 +13,24 @@ import efcp_jax
 
 SHAPES = [(6, 5), (30,), (), (5, 6), (40,)]
 WINDOW, STEPS = 3, 7
+LABELS = ["thin", "sparse", "rest", "thin", "sparse"]
+COMPRESSORS = {
+    "identity": efcp_jax.identity(),
+    "low_rank": efcp_jax.low_rank(2),
+    "blocks": efcp_jax.top_k(0.25, block_size=8),
+    "bytes": efcp_jax.top_k(0.25, block_size=8, value_dtype=jnp.int8),
+    "global": efcp_jax.top_k(0.2),
+}
+COMPRESSORS["by_label"] = efcp_jax.by_label(
+    {
+        "thin": COMPRESSORS["low_rank"],
+        "sparse": COMPRESSORS["blocks"],
+        "rest": COMPRESSORS["identity"],
+    },
+    LABELS,
+)
+EACH = {"thin": "low_rank", "sparse": "blocks", "rest": "identity"}
+every_compressor = pytest.mark.parametrize("kind", COMPRESSORS)
 SCALES = {
     "mfac": lambda **kw: efcp_jax.scale_by_mfac(WINDOW, 0.1, **kw),
     "ggt": lambda **kw: efcp_jax.scale_by_ggt(WINDOW, 1e-2, **kw),
@@ -68,23 +86,14 @@ def test_dense_steps_are_those_of_each_leaf_in_float64(name, exact):
 
 
 @pytest.mark.parametrize("name", SCALES)
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_step_is_the_step_of_each_leaf_by_itself(name, rank):
-    compressor = efcp_jax.identity() if rank is None else efcp_jax.low_rank(rank)
-    steps = gradients()
+@every_compressor
+def test_a_step_is_the_step_of_each_leaf_by_itself(name, kind):
+    compressor, steps = COMPRESSORS[kind], gradients()
     updates, _ = run(SCALES[name](compressor=compressor, block_diagonal=True), steps)
-    for i in range(len(SHAPES)):
-        alone, _ = run(SCALES[name](compressor=compressor), [s[i] for s in steps])
+    for i, label in enumerate(LABELS):
+        own = COMPRESSORS[EACH[label] if kind == "by_label" else kind]
+        alone, _ = run(SCALES[name](compressor=own), [s[i] for s in steps])
         close([u[i] for u in updates], alone, 1e-3)
-
-
-@pytest.mark.parametrize("name", SCALES)
-def test_top_k_and_by_label_are_refused(name):
-    labelled = efcp_jax.by_label({"a": efcp_jax.identity()}, lambda p: "a")
-    for compressor in (efcp_jax.top_k(), labelled):
-        with pytest.raises(ValueError, match="`block_diagonal` must be False") as error:
-            SCALES[name](compressor=compressor, block_diagonal=True)
-        assert "low_rank" in str(error.value)
 
 
 def test_dense_windows_keep_no_error_and_skip_what_is_not_finite():
@@ -98,10 +107,23 @@ def test_dense_windows_keep_no_error_and_skip_what_is_not_finite():
     close(after.gram, state.gram, 0)
 
 
-@pytest.mark.parametrize("spec", [P(), P("x")])
+# Blocks of shards hold other entries than those of whole leaves, unless all are kept.
+MESH = {
+    "identity": (COMPRESSORS["identity"], P("x")),
+    "low_rank": (COMPRESSORS["low_rank"], P("x")),
+    "everything": (efcp_jax.top_k(1.0, block_size=8), P("x")),
+    "copies": (COMPRESSORS["identity"], P()),
+    "blocks of copies": (COMPRESSORS["blocks"], P()),
+    "by_label of copies": (COMPRESSORS["by_label"], P()),
+}
+
+
+@pytest.mark.parametrize("case", MESH)
 @pytest.mark.parametrize("metric", [None, efcp_jax.diagonal_metric()])
-def test_steps_on_a_mesh_are_those_on_one_device(spec, metric):
-    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True, metric=metric)
+def test_steps_on_a_mesh_are_those_on_one_device(case, metric):
+    compressor, spec = MESH[case]
+    given = {"metric": metric, "compressor": compressor}
+    steps, tx = gradients(), SCALES["mfac"](block_diagonal=True, **given)
     expected, _ = run(tx, steps)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -112,9 +134,11 @@ def test_steps_on_a_mesh_are_those_on_one_device(spec, metric):
     close(found, expected)
 
 
-def test_memory_counts_a_gram_for_each_leaf():
+@every_compressor
+def test_memory_counts_a_gram_for_each_leaf(kind):
     like = [jnp.zeros(shape) for shape in SHAPES]
-    report = efcp_jax.memory_report(SCALES["mfac"](block_diagonal=True), like)
+    tx = SCALES["mfac"](block_diagonal=True, compressor=COMPRESSORS[kind])
+    report = efcp_jax.memory_report(tx, like)
     assert report.fields["gram"] == len(SHAPES) * WINDOW**2 * 4
 
 
@@ -132,9 +156,11 @@ def test_products_with_the_inverse_are_those_of_each_leaf_in_float64():
         np.testing.assert_allclose(np.ravel(product), exact, rtol=1e-4, atol=1e-4)
 
 
+@every_compressor
 @pytest.mark.parametrize("name", SCALES)
-def test_training_goes_on_from_a_checkpoint_bit_by_bit(name):
-    steps, tx = gradients(2 * WINDOW), SCALES[name](block_diagonal=True)
+def test_training_goes_on_from_a_checkpoint_bit_by_bit(name, kind):
+    compressor, steps = COMPRESSORS[kind], gradients(2 * WINDOW)
+    tx = SCALES[name](block_diagonal=True, compressor=compressor)
     whole, end = run(tx, steps)
     _, middle = run(tx, steps[:4])
     data = flax.serialization.to_bytes(middle)
@@ -156,10 +182,32 @@ def test_a_fixed_metric_scales_gradients_and_updates(name):
     close(found, [scaled(update) for update in expected])
 
 
-def test_kernels_do_not_follow_the_number_of_leaves():
+@every_compressor
+def test_states_move_to_other_devices_and_back(kind):
+    tx = SCALES["mfac"](block_diagonal=True, compressor=COMPRESSORS[kind])
+    steps = gradients(WINDOW + 1)
+    _, state = run(tx, steps)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        place = lambda g: jax.device_put(g, NamedSharding(mesh, P()))
+        there = jax.tree.map(place, steps)
+        moved = efcp_jax.sharding.reshard(
+            jax.device_get(state), source=(tx, steps[0]), target=(tx, there[0])
+        )
+        (found,), _ = run(tx, there[:1], moved)
+        back = efcp_jax.sharding.reshard(
+            jax.device_get(moved), source=(tx, there[0]), target=(tx, steps[0])
+        )
+    chex.assert_trees_all_equal(jax.device_get(back), jax.device_get(state))
+    (following,), _ = run(tx, steps[:1], state)
+    close(found, following)
+
+
+@pytest.mark.parametrize("kind", ["identity", "low_rank", "blocks"])
+def test_kernels_do_not_follow_the_number_of_leaves(kind):
     def operations(count):
         tree = [jnp.zeros((12, 9))] * count
-        tx = SCALES["mfac"](block_diagonal=True)
+        tx = SCALES["mfac"](block_diagonal=True, compressor=COMPRESSORS[kind])
         text = jax.jit(tx.update).lower(tree, tx.init(tree), tree).as_text()
         heavy = ("dot_general", "cholesky", "custom_call", "while", "case")
         return {word: text.count(word) for word in heavy}
