@@ -66,7 +66,7 @@ BAD = [
     ("damping", MFACS, np.ones(2), TypeError, "(0, inf)", "1e-5"),
     ("eps", GGTS, -1e-9, ValueError, "[0, inf)", "1e-4"),
     ("eps", GGTS, float("inf"), ValueError, "[0, inf)", "1e-4"),
-    ("eps", GGTS, None, TypeError, "[0, inf)", "1e-4"),
+    ("eps", GGTS, "1", TypeError, "[0, inf)", "1e-4"),
     ("b1", GGTS, 1.0, ValueError, "[0, 1)", "0.0"),
     ("b1", GGTS, -0.1, ValueError, "[0, 1)", "0.0"),
     ("b2", GGTS, 0.0, ValueError, "(0, 1]", "1.0"),

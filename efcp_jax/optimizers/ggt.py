@@ -15,7 +15,7 @@ from efcp_jax.transforms import scale_by_ggt
 def ggt(
     learning_rate: optax.ScalarOrSchedule,
     window_size: int | None = None,
-    eps: optax.ScalarOrSchedule = 1e-4,
+    eps: optax.ScalarOrSchedule | None = None,
     b1: chex.Numeric = 0.0,
     b2: chex.Numeric = 1.0,
     momentum: optax.ScalarOrSchedule | None = None,
@@ -45,7 +45,7 @@ def ggt(
         window_size: Number of gradients $m$ kept, at least 1; None for 64.
         eps: $\epsilon \ge 0$ of $((G^T G)^{1/2} + \epsilon I)^{-1}$, in the unit of a
             gradient norm; a number or a schedule. Large values approach gradient
-            descent.
+            descent, 0 gives the pseudo-inverse. None for 1e-3 with `relative=True`.
         b1: Decay of a first moment over the window, in [0, 1) and at most `b2`.
         b2: Decay of the older rows of the window, in (0, 1]; 1 for none.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.

@@ -16,7 +16,7 @@ def low_rank_ggt(
     learning_rate: optax.ScalarOrSchedule,
     window_size: int | None = None,
     rank: int | None = None,
-    eps: optax.ScalarOrSchedule = 1e-4,
+    eps: optax.ScalarOrSchedule | None = None,
     b1: chex.Numeric = 0.0,
     b2: chex.Numeric = 1.0,
     momentum: optax.ScalarOrSchedule | None = None,
@@ -50,7 +50,7 @@ def low_rank_ggt(
             that such factors would not make smaller are kept whole.
         eps: $\epsilon \ge 0$ of $((G^T G)^{1/2} + \epsilon I)^{-1}$, in the unit of a
             gradient norm; a number or a schedule. Large values approach gradient
-            descent.
+            descent, 0 gives the pseudo-inverse. None for 1e-3 with `relative=True`.
         b1: Decay of a first moment over the window, in [0, 1) and at most `b2`.
         b2: Decay of the older rows of the window, in (0, 1]; 1 for none.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.

@@ -15,7 +15,7 @@ from efcp_jax.transforms import scale_by_mfac
 def mfac(
     learning_rate: optax.ScalarOrSchedule,
     window_size: int | None = None,
-    damping: optax.ScalarOrSchedule = 1e-2,
+    damping: optax.ScalarOrSchedule | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
@@ -46,7 +46,7 @@ def mfac(
         window_size: Number of gradients $m$ kept, at least 1; None for 64.
         damping: $\lambda > 0$ of $(\lambda I + G^T G / m)^{-1}$, in the unit of a
             squared gradient entry; a number or a schedule. Large values approach
-            gradient descent.
+            gradient descent. None for 0.1 with `relative=True`.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.
             None or 0 for none, without a buffer.
         weight_decay: Decoupled weight decay, at least 0, multiplied by the learning
@@ -54,7 +54,8 @@ def mfac(
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
         relative: Whether damping is in units of the mean squared norm of the window's
-            rows over m, so that the scale of the loss does not matter to it.
+            rows over m, and the update in units of its root, so that the scale of the
+            loss does not matter; see `scale_by_mfac`.
         b1: Decay of a first moment over the window, in [0, 1).
         nesterov: Whether that moment looks ahead.
         block_diagonal: Whether every leaf has a Gram matrix of its own, instead of one

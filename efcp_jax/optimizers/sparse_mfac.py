@@ -16,7 +16,7 @@ def sparse_mfac(
     learning_rate: optax.ScalarOrSchedule,
     window_size: int | None = None,
     density: float | None = None,
-    damping: optax.ScalarOrSchedule = 1e-2,
+    damping: optax.ScalarOrSchedule | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
@@ -51,7 +51,7 @@ def sparse_mfac(
             of 128.
         damping: $\lambda > 0$ of $(\lambda I + G^T G / m)^{-1}$, in the unit of a
             squared gradient entry; a number or a schedule. Large values approach
-            gradient descent.
+            gradient descent. None for 0.1 with `relative=True`.
         momentum: Decay of a trace of the updates, in [0, 1); a number or a schedule.
             None or 0 for none, without a buffer.
         weight_decay: Decoupled weight decay, at least 0, multiplied by the learning
@@ -59,7 +59,8 @@ def sparse_mfac(
         mask: Tree of booleans, or a function from parameters to one, that says which
             leaves decay; None for all.
         relative: Whether damping is in units of the mean squared norm of the window's
-            rows over m, so that the scale of the loss does not matter to it.
+            rows over m, and the update in units of its root, so that the scale of the
+            loss does not matter; see `scale_by_mfac`.
         b1: Decay of a first moment over the window, in [0, 1).
         nesterov: Whether that moment looks ahead.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
@@ -85,7 +86,8 @@ def sparse_mfac(
 
     Examples:
         >>> import efcp_jax, jax, jax.numpy as jnp, optax
-        >>> tx = efcp_jax.sparse_mfac(1 / 16, window_size=16)
+        >>> decay = optax.cosine_decay_schedule(1 / 16, 60)
+        >>> tx = efcp_jax.sparse_mfac(decay, window_size=16)
         >>> params = jnp.zeros(3)
         >>> def step(_, carry):
         ...     params, state = carry

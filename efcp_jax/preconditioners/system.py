@@ -31,6 +31,9 @@ _SMALLEST = 512
 # Slots of a run. A longer one makes F more seldom and the blocks of the run larger.
 _RUN = 64
 
+# A relative change of the damping that is not worth a factorisation.
+_NEAR = 0.1
+
 # Squared distances below this many rounding errors of the matrix are rounding errors
 # themselves.
 _NOISE = 10.0
@@ -95,6 +98,18 @@ def empty(size: int, dtype: jax.typing.DTypeLike) -> Kept | None:
         factor=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), made),
         coupling=jnp.zeros((_RUN, size), dtype),
     )
+
+
+def near(damping: jax.Array, kept: Kept | None) -> jax.Array:
+    """Return the damping that was kept if it is within a tenth, else `damping`.
+
+    One that follows the window changes a little in every step, and would have every
+    step factorise.
+    """
+    if kept is None:
+        return damping
+    close = jnp.abs(kept.damping - damping) <= _NEAR * damping
+    return jnp.where(close, kept.damping, damping)
 
 
 # Compiled by itself, so that steps outside of `jit` do not compile the loop anew.

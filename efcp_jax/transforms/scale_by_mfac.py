@@ -4,11 +4,13 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric
+from efcp_jax.numerics import saturate
 from efcp_jax.preconditioners import (
     gram as grams,
     mfac_coefficients,
@@ -19,9 +21,14 @@ from efcp_jax.step import preconditioned
 from efcp_jax.window import Window
 
 
+# Relative to the window, which of 0.01, 0.1 and 1 trained best or close to it for
+# windows of 16 and 64 rows, with a metric and without, on three kinds of models.
+_DAMPING = 0.1
+
+
 def scale_by_mfac(
     window_size: int | None = None,
-    damping: optax.ScalarOrSchedule = 1e-2,
+    damping: optax.ScalarOrSchedule | None = None,
     *,
     relative: bool = False,
     b1: chex.Numeric = 0.0,
@@ -44,13 +51,16 @@ def scale_by_mfac(
     Args:
         window_size: Number of gradients $m$ kept, at least 1; None for 64.
         damping: $\lambda > 0$, in the unit of a squared gradient entry; a number or a
-            schedule. Large values give $c_t / \lambda$, a plain gradient. For values
-            that go to 0, $\langle u, c_t \rangle$ goes to $m$, so the learning rate
-            belongs near $1 / m$.
-        relative: Whether `damping` is in units of the window itself: of the mean
-            squared norm of its rows over $m$ (over the divisor), the mean of the
-            eigenvalues of the Fisher matrix that are not zero. Multiplying the loss by
-            a number then divides the update by it, and changes nothing else.
+            schedule. None for 0.1 with `relative=True`. Large values give
+            $c_t / \lambda$, a plain gradient. For values that go to 0,
+            $\langle u, c_t \rangle$ goes to $m$, so the learning rate belongs near
+            $1 / m$.
+        relative: Whether `damping` and the update are in units of the window itself:
+            with $s^2$ the mean squared norm of its rows, $\lambda$ is `damping`
+            $s^2 / m$, that many times the mean of the eigenvalues of the Fisher matrix
+            that are not zero (with `divisor="filled"`, $s^2$ over the rows there are),
+            and the update is multiplied by $s$. Multiplying the loss by a number then
+            changes nothing at all.
         b1: Decay of the first moment, in [0, 1). It needs no momentum buffer: the
             moment is taken over the window. 0 takes the newest row.
         nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
@@ -112,6 +122,9 @@ def scale_by_mfac(
         $\lambda I + K / m$ scaled to unit diagonal; nearly dependent rows with tiny
         $\lambda$ are treated as dependent from about 1e6 on in float32.
     """
+    relative = _validate.boolean("relative", relative)
+    if damping is None:
+        damping, relative = _DAMPING, True
     damping = _validate.number(
         "damping",
         damping,
@@ -119,7 +132,6 @@ def scale_by_mfac(
         open_low=True,
         remedy="Pass a small number such as 1e-5.",
     )
-    relative = _validate.boolean("relative", relative)
     b1 = _validate.number(
         "b1", b1, low=0.0, high=1.0, open_high=True, remedy="Pass 0.0 for no momentum."
     )
@@ -129,16 +141,22 @@ def scale_by_mfac(
     def coefficients(gram, kept, window: Window, slot, values):
         size = window.scale.shape[0]
         rows = window.filled.astype(gram.dtype) if divisor == "filled" else size
+        scale, damping, unit = window.scale, values["damping"], None
         b1 = values["b1"].astype(gram.dtype)
         age = grams.ages(size, slot)
         moment = grams.moment(age, window.filled, b1, nesterov=nesterov)
-        damping = values["damping"]
         if relative:
-            damping = (
-                damping * grams.mean_square(gram, window.scale, window.filled) / rows
-            )
-        given = gram, window.scale, slot, damping, rows, kept, moment
-        return mfac_coefficients(*given)
+            # In units of the largest scale, where no square leaves the range.
+            largest = jnp.max(scale)
+            scale = scale / jnp.where(largest > 0, largest, 1)
+            square = grams.mean_square(gram, scale, window.filled)
+            damping = systems.near(damping * square / rows, kept)
+            unit = jnp.sqrt(square)
+        given = gram, scale, slot, damping, rows, kept, moment
+        weights, kept = mfac_coefficients(*given)
+        if unit is not None:
+            weights = saturate(weights * unit, weights.dtype)
+        return weights, kept
 
     return preconditioned(
         ScaleByMfacState,

@@ -343,34 +343,3 @@ def test_the_moment_of_ggt_may_look_ahead():
         expected = oracles.ggt(held, 0.1, 0.7, 0.9, nesterov=True)
         update = oracles.flat([updates[name][step] for name in sorted(SHAPES)])
         assert oracles.relative_error(update, expected) < 1e-4
-
-
-@pytest.mark.parametrize("factor", [1e-3, 1e3])
-@pytest.mark.parametrize("name", aliases.STRUCTURE)
-def test_relative_ridges_make_steps_of_no_scale(name, factor):
-    """The update of M-FAC is divided by the factor, that of GGT is the same."""
-    tx = aliases.make(name, relative=True, metric=METRICS["factored"])
-    expected, _ = aliases.run(tx, params(), gradients())
-    scaled = [jax.tree.map(lambda x: factor * x, g) for g in gradients()]
-    updates, _ = aliases.run(tx, params(), scaled)
-    power = factor if name.endswith("mfac") else 1.0
-    updates = jax.tree.map(lambda u: u * power, updates)
-    aliases.assert_close(updates, expected, 1e-3)
-
-
-def test_a_relative_ridge_is_in_units_of_the_rows_there_are():
-    history, window = gradients(), 4
-    mfac = efcp_jax.scale_by_mfac(window, 0.3, relative=True)
-    ggt = efcp_jax.scale_by_ggt(window, 0.3, relative=True)
-    rows = [oracles.flat([g[name] for name in sorted(SHAPES)]) for g in history]
-    for tx, kind in ((mfac, "mfac"), (ggt, "ggt")):
-        updates, _ = aliases.run(tx, params(), history)
-        for step in range(STEPS):
-            held = rows[max(0, step + 1 - window) : step + 1]
-            square = np.mean([row @ row for row in held])
-            if kind == "mfac":
-                expected = oracles.mfac(held, 0.3 * square / window, window)
-            else:
-                expected = oracles.ggt(held, 0.3 * np.sqrt(square))
-            update = oracles.flat([updates[name][step] for name in sorted(SHAPES)])
-            assert oracles.relative_error(update, expected) < 1e-4
