@@ -37,10 +37,11 @@ PLANS = {
         *(f"{name}:error_feedback=false" for name in COMPRESSED),
     ],
     "damping": [
-        "sparse_mfac",  # the defaults are 1e-2 and 1e-4
-        *(f"sparse_mfac:damping=1e-{i}" for i in EXPONENTS if i != 2),
+        "sparse_mfac",  # the defaults are relative to the window
+        *(f"sparse_mfac:damping=1e-{i},relative=true" for i in (0, 2, 3)),
+        *(f"sparse_mfac:damping=1e-{i}" for i in EXPONENTS),
         "sparse_ggt",
-        *(f"sparse_ggt:eps=1e-{i}" for i in EXPONENTS if i != 4),
+        *(f"sparse_ggt:eps=1e-{i}" for i in EXPONENTS),
     ],
     "memory": [
         "adamw_b95",

@@ -2,16 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-import itertools
-import os
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import optax
-
-import efcp_jax
 from lab import optimizers, results, schedules
+from lab.runs import Runs
 from lab.training import Trainer, divisor
 from lab.workload import Workload
 
@@ -39,13 +34,19 @@ def options(description: str | None, batch_seeds: int = 1) -> argparse.ArgumentP
         default=["default"],
         metavar="RATE",
         help="numbers for all optimizers; `default` for the centre of each one's grid;"
-        " `grid` for the grid (default: default)",
+        " `grid` for the grid; `search` to follow it further in its direction while the"
+        " best one lies at an end (default: default)",
     )
     add("--grid-size", type=positive(int), default=5, help="(default: 5)")
     add("--grid-factor", type=positive(float), default=2.0, help="(default: 2)")
     add("--steps", type=positive(int), help="steps of a run (default: 400)")
     add("--epochs", type=positive(int), help="in place of --steps")
     add("--seeds", type=positive(int), default=3, help="seeds 0, 1, ... (default: 3)")
+    add(
+        "--final-seeds",
+        type=positive(int),
+        help="seeds of each optimizer's best learning rate (default: as all others)",
+    )
     add(
         "--batch-seeds",
         type=positive(int),
@@ -103,7 +104,6 @@ class Plan(NamedTuple):
     specs: list[optimizers.Spec]
     rates: list[Sequence[float]]
     trainers: list[Trainer]
-    sizes: list[tuple[float, int]]
 
 
 def check(args, workload: Workload) -> Plan:
@@ -119,15 +119,20 @@ def check(args, workload: Workload) -> Plan:
     evaluations = args.evaluations or divisor(steps, EVALUATIONS)
     if steps % evaluations:
         raise ValueError(f"--evaluations {evaluations} must divide the {steps} steps")
-    if args.seeds % args.batch_seeds:
-        raise ValueError(
-            f"--batch-seeds {args.batch_seeds} must divide --seeds {args.seeds}"
-        )
+    for name in ("seeds", "final_seeds"):
+        if (getattr(args, name) or 0) % args.batch_seeds:
+            raise ValueError(
+                f"--batch-seeds {args.batch_seeds} must divide"
+                f" --{name.replace('_', '-')} {getattr(args, name)}"
+            )
+    if args.learning_rates == ["search"] and args.grid_factor == 1:
+        raise ValueError("--grid-factor 1 leaves nothing to search; pass 2")
     specs = [optimizers.parse(text) for text in args.optimizers]
     trainers = [_trainer(args, workload, spec, steps) for spec in specs]
-    sizes = [trainer.bytes_per_parameter() for trainer in trainers]  # checks settings
+    for trainer in trainers:
+        trainer.bytes_per_parameter()  # checks settings
     rates = [_rates(args, spec) for spec in specs]
-    return Plan(steps, evaluations, specs, rates, trainers, sizes)
+    return Plan(steps, evaluations, specs, rates, trainers)
 
 
 def run(parser: argparse.ArgumentParser, args, workload: Workload) -> None:
@@ -138,24 +143,14 @@ def run(parser: argparse.ArgumentParser, args, workload: Workload) -> None:
         store = results.Results(args.output / f"{workload.name}.json")
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
-    seeds = range(args.seeds)
-    groups = [seeds[i : i + args.batch_seeds] for i in seeds[:: args.batch_seeds]]
-    for spec, rates, trainer, size in zip(*plan[2:], strict=True):
-        for peak, group in itertools.product(rates, groups):
-            configs = [_config(args, workload, spec, plan, peak, s) for s in group]
-            title = f"{spec} lr {peak:g} seeds {','.join(map(str, group))}"
-            if all(config in store for config in configs):
-                print(f"{title}: there already")
-                continue
-            outcomes = trainer.run(peak, group, plan.steps, plan.evaluations, title)
-            fixed = {
-                "bytes_per_parameter": round(size[0], 4),
-                "parameters": size[1],
-                "machine": _machine(args.batch_seeds),
-            }
-            pairs = zip(configs, outcomes, strict=True)
-            store.add([{"config": c, **outcome, **fixed} for c, outcome in pairs])
-            print(f"{title}: {_line(outcomes)}", flush=True)
+    runs = Runs(args, workload, plan.steps, plan.evaluations, store)
+    for spec, rates, trainer in zip(plan.specs, plan.rates, plan.trainers, strict=True):
+        means = {peak: runs.mean(spec, peak, trainer, args.seeds) for peak in rates}
+        if args.learning_rates == ["search"]:
+            runs.search(spec, means, args.grid_factor, trainer)
+        if args.final_seeds:
+            best = min(means, key=means.__getitem__)
+            runs.mean(spec, best, trainer, args.final_seeds)
     print(f"results are in {store.path}")
 
 
@@ -168,7 +163,7 @@ def _trainer(args, workload, spec, steps):
 def _rates(args, spec) -> Sequence[float]:
     centre = optimizers.REGISTRY[spec.name].centre(spec.settings)
     match args.learning_rates:
-        case ["grid"]:
+        case ["grid"] | ["search"]:
             return schedules.grid(centre, args.grid_size, args.grid_factor)
         case ["default"]:
             return schedules.grid(centre, 1, args.grid_factor)
@@ -176,45 +171,6 @@ def _rates(args, spec) -> Sequence[float]:
         return [positive(float)(text) for text in args.learning_rates]
     except (ValueError, argparse.ArgumentTypeError):
         raise ValueError(
-            "--learning-rates takes `default`, `grid` or numbers above 0, got"
+            "--learning-rates takes `default`, `grid`, `search` or numbers above 0, got"
             f" {' '.join(args.learning_rates)}"
         ) from None
-
-
-def _config(args, workload, spec, plan, peak, seed):
-    """Return everything that a result depends on, beside the versions."""
-    return {
-        "workload": workload.name,
-        **workload.config,
-        "optimizer": spec.name,
-        "settings": spec.settings,
-        "learning_rate": peak,
-        "schedule": args.schedule,
-        "warmup": args.warmup,
-        "steps": plan.steps,
-        "evaluations": plan.evaluations,
-        "seed": seed,
-    }
-
-
-def _machine(batch_seeds):
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "batch_seeds": batch_seeds,
-        "efcp_jax": efcp_jax.__version__,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-    }
-
-
-def _line(outcomes):
-    """Return the outcome of some seeds in a line."""
-    means = {
-        name: sum(each[name] for each in outcomes) / len(outcomes)
-        for name in ("loss", "accuracy", "seconds")
-    }
-    return (
-        f"loss {means['loss']:.4f}, accuracy {means['accuracy']:.4f},"
-        f" {means['seconds']:.1f} s a run"
-    )

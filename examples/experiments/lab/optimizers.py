@@ -81,10 +81,10 @@ def _inner_matrices(params):
 
 ALIASES = ("mfac", "sparse_mfac", "low_rank_mfac", "ggt", "sparse_ggt", "low_rank_ggt")
 REGISTRY = {
-    "adamw_b95": Entry(_adamw(0.95), lambda _: 4e-3),
-    "adamw_b999": Entry(_adamw(0.999), lambda _: 4e-3),
-    "sgd": Entry(_sgd, lambda _: 0.1),
-    "muon": Entry(_muon, lambda _: 4e-3),
+    "adamw_b95": Entry(_adamw(0.95), lambda _: 8e-3),
+    "adamw_b999": Entry(_adamw(0.999), lambda _: 8e-3),
+    "sgd": Entry(_sgd, lambda _: 0.2),
+    "muon": Entry(_muon, lambda _: 1.6e-2),
 }
 for _name in ALIASES:
     # The library's rules of thumb: 1 / window for M-FAC, 1 for GGT, and ten times less

@@ -34,6 +34,9 @@ class Results:
     def __contains__(self, config: dict[str, Any]) -> bool:
         return key(config) in self.runs
 
+    def __getitem__(self, config: dict[str, Any]) -> dict[str, Any]:
+        return self.runs[key(config)]
+
     def add(self, runs: list[dict[str, Any]]) -> None:
         """Add runs, each with its `config`, and write the file.
 
