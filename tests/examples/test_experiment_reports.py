@@ -113,6 +113,6 @@ def test_a_sweep_runs_the_grid_of_every_optimizer(load, tmp_path, monkeypatch):
                 "--output", str(tmp_path)])  # fmt: skip
     runs = json.loads((tmp_path / "probe.json").read_text()).values()
     rates = {(r["config"]["optimizer"], r["config"]["learning_rate"]) for r in runs}
-    assert rates == {("sgd", r) for r in (0.05, 0.1, 0.2)} | {
+    assert rates == {("sgd", r) for r in (0.1, 0.2, 0.4)} | {
         ("adamw_b95", r) for r in (4e-3, 8e-3, 1.6e-2)
     }

@@ -1,6 +1,5 @@
 """Figures of a table: curves, memory, feedback and sensitivity, each a small PNG."""
 
-import inspect
 import io
 
 import matplotlib
@@ -135,12 +134,10 @@ def sensitivity(table: Table):
 
 
 def damping(spec: Spec) -> tuple[str, float]:
-    """Return the name and the value of the damping of a specification, or none."""
-    if spec.name not in ALIASES:
-        return "", 0.0
+    """Return the name and the value of the damping that is set, or none."""
     name = "eps" if "ggt" in spec.name else "damping"
-    default = inspect.signature(REGISTRY[spec.name].make).parameters[name].default
-    return name, float(spec.settings.get(name, default))
+    value = spec.settings.get(name)
+    return ("", 0.0) if value is None else (name, float(value))
 
 
 def _without(spec, name):
