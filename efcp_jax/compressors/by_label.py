@@ -122,5 +122,6 @@ def _check(label: Any, compressor: Any) -> None:
         raise ValueError(
             f"`compressors[{label!r}]` keeps a Gram matrix for each leaf, but parts"
             " share one. Pass `block_diagonal=True` to `scale_by_mfac` or"
-            " `scale_by_ggt`, which holds for all parts."
+            " `scale_by_ggt`, which holds for all parts, or give every part a"
+            " transformation of its own with `optax.partition`."
         )

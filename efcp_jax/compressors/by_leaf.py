@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from efcp_jax.compressors import many_grams
 from efcp_jax.compressors.base import Compressor, Mover, Space
+from efcp_jax.compressors.groups import distinct
 from efcp_jax.compressors.part_movers import LeafMover
 from efcp_jax.devices.layout import Layout, Leaf
 
@@ -68,19 +69,14 @@ class ByLeaf:
         members: dict[Leaf, list[int]] = {}
         for index, leaf in enumerate(layout.leaves):
             members.setdefault(leaf, []).append(index)
-        one, groups = jax.tree.structure([0]), []
-        for leaf, indices in members.items():
+        names = distinct(["x".join(map(str, leaf.whole)) or "1" for leaf in members])
+        one = jax.tree.structure([0])
+        groups = []
+        for name, (leaf, indices) in zip(names, members.items(), strict=True):
             alone = dataclasses.replace(layout, treedef=one, leaves=(leaf,))
             space = self.compressor.bind(alone)
-            groups.append(LeafGroup(_name(leaf, groups), space, tuple(indices)))
+            groups.append(LeafGroup(name, space, tuple(indices)))
         return ByLeafSpace(layout, tuple(groups))
-
-
-def _name(leaf: Leaf, groups: list[LeafGroup]) -> str:
-    """Return the shape of a leaf; with a number, from 2, if others have the same."""
-    shape = "x".join(map(str, leaf.whole)) or "1"
-    number = 1 + sum(group.name.split("-")[0] == shape for group in groups)
-    return shape if number == 1 else f"{shape}-{number}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +126,15 @@ class ByLeafSpace:
         return self._unstack(self._each(lambda s, v: s.unpack(v)[0], apart))
 
     def zeros(self):  # noqa: D102
-        ratio = jnp.zeros((1,), self.layout.dtype)
-        one = {g.name: (*g.space.zeros()[:2], ratio) for g in self.groups}
-        counts = {g.name: len(g.indices) for g in self.groups}
-        tiled = {
-            name: jax.tree.map(
-                lambda x, count=counts[name]: jnp.zeros((count, *x.shape), x.dtype),
-                each,
+        vector, row, ratios = {}, {}, {}
+        for name, space, indices in self.groups:
+            count, (one, entries, _) = len(indices), space.zeros()
+            many = lambda x, count=count: jnp.zeros(
+                (count * x.shape[0], *x.shape[1:]), x.dtype
             )
-            for name, each in one.items()
-        }
-        vector, row = (_joined({k: x[i] for k, x in tiled.items()}) for i in range(2))
-        return vector, LeafRow(row, {k: x[2] for k, x in tiled.items()}), None
+            vector[name], row[name] = jax.tree.map(many, (one, entries))
+            ratios[name] = jnp.zeros((count, 1), self.layout.dtype)
+        return vector, LeafRow(row, ratios), None
 
     def specs(self):  # noqa: D102
         specs = {g.name: g.space.specs() for g in self.groups}

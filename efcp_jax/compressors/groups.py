@@ -77,10 +77,16 @@ def groups_of(layout: Layout, rank: int) -> tuple[Group, ...]:
     members: dict[Matrix, list[int]] = {}
     for index, leaf in enumerate(layout.leaves):
         members.setdefault(Matrix.of(leaf, layout, rank), []).append(index)
+    names = distinct([matrix.name for matrix in members])
+    pairs = zip(names, members.items(), strict=True)
+    return tuple(Group(name, matrix, tuple(at)) for name, (matrix, at) in pairs)
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Return `names` with a number, from 2, behind those that came before."""
     alike: dict[str, int] = {}
-    groups = []
-    for matrix, indices in members.items():
-        number = alike[matrix.name] = alike.get(matrix.name, 0) + 1
-        name = matrix.name if number == 1 else f"{matrix.name}-{number}"
-        groups.append(Group(name, matrix, tuple(indices)))
-    return tuple(groups)
+    numbered = []
+    for name in names:
+        number = alike[name] = alike.get(name, 0) + 1
+        numbered.append(name if number == 1 else f"{name}-{number}")
+    return numbered

@@ -1,5 +1,6 @@
 """Rows in parts, by label or by leaf, carried to another layout on the host."""
 
+import functools
 from typing import Any
 
 import jax
@@ -36,51 +37,54 @@ class LeafMover:
     """Moves every leaf by itself: other devices may have other groups."""
 
     def __init__(self, old: Any, new: Any) -> None:
-        self.old, self.new = old, new
+        self.groups = new.groups
+        self.before, self.after = (s.layout.ways(s.layout.axes) for s in (old, new))
         # Group of each leaf in the old layout, and its place there.
         self.found = {
             index: (group, place)
             for group in old.groups
             for place, index in enumerate(group.indices)
         }
+        # Leaves that are alike here and there are moved alike.
+        self.movers: dict[tuple[str, str], Any] = {}
+        for group in self.groups:
+            for was in (self.found[index][0] for index in group.indices):
+                pair = was.name, group.name
+                if pair not in self.movers:
+                    self.movers[pair] = was.space.mover(group.space)
 
     def _map(self, name: str, groups: dict[str, Any]) -> dict[str, Any]:
         """Return what `name` of each leaf's mover makes of it, in the new groups.
 
         The devices' parts lie behind each other, and in each part the leaves.
         """
+
+        def divide(count: int, x: Any) -> np.ndarray:
+            parts = np.asarray(x).reshape(self.before, count, -1, *x.shape[1:])
+            return parts.swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
+
+        def join(x: np.ndarray) -> np.ndarray:
+            parts = x.reshape(len(x), self.after, -1, *x.shape[2:])
+            return parts.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+        divided = {
+            was.name: jax.tree.map(
+                functools.partial(divide, len(was.indices)), groups[was.name]
+            )
+            for was, _ in self.found.values()
+        }
+        move = lambda pair, one: getattr(self.movers[pair], name)(one)
+        return jax.tree.map(join, self._regrouped(divided, move))
+
+    def _regrouped(self, groups: dict[str, Any], move: Any) -> dict[str, Any]:
+        """Return `move(names, one)` of each leaf's entries, in the new groups."""
         moved: dict[str, Any] = {}
-        before = self.old.layout.ways(self.old.layout.axes)
-        after = self.new.layout.ways(self.new.layout.axes)
-        for group in self.new.groups:
+        for group in self.groups:
             members = []
-            for index in group.indices:
-                was, place = self.found[index]
-                count = len(was.indices)
-
-                def member(x: Any, count: int = count, place: int = place) -> Any:
-                    parts = np.asarray(x).reshape(before, count, -1, *x.shape[1:])
-                    return parts[:, place].reshape(-1, *x.shape[1:])
-
-                own = jax.tree.map(member, groups[was.name])
-                members.append(getattr(was.space.mover(group.space), name)(own))
-
-            def stack(*arrays: Any) -> np.ndarray:
-                parts = [x.reshape(after, -1, *x.shape[1:]) for x in arrays]
-                return np.concatenate(parts, 1).reshape(-1, *arrays[0].shape[1:])
-
-            moved[group.name] = jax.tree.map(stack, *members)
-        return moved
-
-    def _regrouped(self, groups: dict[str, Any]) -> dict[str, Any]:
-        """Return arrays with an entry for each leaf, in the new groups."""
-        moved: dict[str, Any] = {}
-        for group in self.new.groups:
-            found = [self.found[index] for index in group.indices]
-            members = [
-                jax.tree.map(lambda x, i=place: np.asarray(x[i]), groups[was.name])
-                for was, place in found
-            ]
+            for was, place in (self.found[index] for index in group.indices):
+                take = lambda x, place=place: np.asarray(x[place])
+                one = jax.tree.map(take, groups[was.name])
+                members.append(move((was.name, group.name), one))
             moved[group.name] = jax.tree.map(lambda *each: np.stack(each), *members)
         return moved
 
@@ -94,8 +98,8 @@ class LeafMover:
 
     def rows(self, rows: Any) -> Any:
         """Return a window in the new layout."""
-        return type(rows)(self._map("rows", rows.groups), self._regrouped(rows.ratios))
+        return type(rows)(self._map("rows", rows.groups), self.grams(rows.ratios))
 
     def grams(self, grams: dict[str, Any]) -> dict[str, Any]:
         """Return what there is for every Gram matrix in the new layout."""
-        return self._regrouped(grams)
+        return self._regrouped(grams, lambda _, one: one)

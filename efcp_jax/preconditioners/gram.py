@@ -62,6 +62,28 @@ def mean_square(gram: jax.Array, scale: jax.Array, filled: jax.Array) -> jax.Arr
     return jnp.minimum(total, jnp.finfo(gram.dtype).max)
 
 
+def in_own_unit(
+    gram: jax.Array, scale: jax.Array, filled: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the scales over the largest of them, and the mean square in that unit.
+
+    Scales are powers of two, so that nothing is rounded, and no square of the largest
+    leaves the range.
+
+    Args:
+        gram: Inner products of the stored rows, shape `(m, m)`.
+        scale: What multiplies each row, shape `(m,)`.
+        filled: Number of slots that hold a row.
+
+    Returns:
+        Numbers of at most 1, shape `(m,)`, and the mean squared norm of the rows that
+        they make.
+    """
+    largest = jnp.max(scale)
+    scale = scale / jnp.where(largest > 0, largest, 1)
+    return scale, mean_square(gram, scale, filled)
+
+
 def moment(
     age: jax.Array,
     filled: jax.Array,

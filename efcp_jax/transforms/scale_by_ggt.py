@@ -62,8 +62,8 @@ def scale_by_ggt(
             + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
         block_diagonal: Whether every leaf has a Gram matrix of its own, a
-            block-diagonal preconditioner, instead of one for all parameters. With
-            `identity()` and `low_rank(...)`; other compressors are refused.
+            block-diagonal preconditioner, instead of one for all parameters. Each is
+            solved by itself, and blocks of `top_k` hold entries of one leaf only.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -132,16 +132,14 @@ def scale_by_ggt(
 
     def coefficients(gram, kept, window: Window, slot, values):
         age = grams.ages(window.scale.shape[0], slot)
-        eps = values["eps"]
+        scale, eps = window.scale, values["eps"]
         if relative:
-            # In units of the largest scale, where no square leaves the range.
-            largest = jnp.max(window.scale)
-            scale = window.scale / jnp.where(largest > 0, largest, 1)
-            square = grams.mean_square(gram, scale, window.filled)
-            eps = eps * jnp.sqrt(square) * largest
+            # An update of GGT is the same in every unit of the rows.
+            scale, square = grams.in_own_unit(gram, scale, window.filled)
+            eps = eps * jnp.sqrt(square)
         weights = ggt_coefficients(
             gram,
-            window.scale,
+            scale,
             age,
             window.filled,
             eps,

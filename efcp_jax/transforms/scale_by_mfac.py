@@ -67,8 +67,8 @@ def scale_by_mfac(
             + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
         block_diagonal: Whether every leaf has a Gram matrix of its own, a
-            block-diagonal preconditioner, instead of one for all parameters. With
-            `identity()` and `low_rank(...)`; other compressors are refused.
+            block-diagonal preconditioner, instead of one for all parameters. Each is
+            solved by itself, and blocks of `top_k` hold entries of one leaf only.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -146,10 +146,7 @@ def scale_by_mfac(
         age = grams.ages(size, slot)
         moment = grams.moment(age, window.filled, b1, nesterov=nesterov)
         if relative:
-            # In units of the largest scale, where no square leaves the range.
-            largest = jnp.max(scale)
-            scale = scale / jnp.where(largest > 0, largest, 1)
-            square = grams.mean_square(gram, scale, window.filled)
+            scale, square = grams.in_own_unit(gram, scale, window.filled)
             damping = systems.near(damping * square / rows, kept)
             unit = jnp.sqrt(square)
         given = gram, scale, slot, damping, rows, kept, moment

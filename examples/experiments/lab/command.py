@@ -130,7 +130,7 @@ def check(args, workload: Workload) -> Plan:
     specs = [optimizers.parse(text) for text in args.optimizers]
     trainers = [_trainer(args, workload, spec, steps) for spec in specs]
     for trainer in trainers:
-        trainer.bytes_per_parameter()  # checks settings
+        _ = trainer.size  # checks settings
     rates = [_rates(args, spec) for spec in specs]
     return Plan(steps, evaluations, specs, rates, trainers)
 

@@ -63,10 +63,10 @@ class Runs:
             print(f"{title}: there already", flush=True)
             return
         outcomes = trainer.run(peak, seeds, self.steps, self.evaluations, title)
-        size = trainer.bytes_per_parameter()
+        each, parameters = trainer.size
         fixed = {
-            "bytes_per_parameter": round(size[0], 4),
-            "parameters": size[1],
+            "bytes_per_parameter": round(each, 4),
+            "parameters": parameters,
             "machine": _machine(trainer.together),
         }
         pairs = zip(configs, outcomes, strict=True)

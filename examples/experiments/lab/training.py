@@ -1,6 +1,7 @@
 """The compiled training loop, over several seeds at once where that is asked for."""
 
 from collections.abc import Callable, Sequence
+import functools
 import math
 import time
 from typing import Any
@@ -52,8 +53,9 @@ class Trainer:
         self._evaluate = jax.jit(over(workload.evaluate, 0, 0, None, None))
         self._compiled = None
 
-    def bytes_per_parameter(self) -> tuple[float, int]:
-        """Return the bytes of state a parameter, and the number of parameters."""
+    @functools.cached_property
+    def size(self) -> tuple[float, int]:
+        """The bytes of state a parameter, and the number of parameters."""
         params, _ = jax.eval_shape(self.workload.init, jax.random.key(0))
         report = efcp_jax.memory_report(self.optimizer(1.0), params)
         return report.per_parameter, report.parameters
