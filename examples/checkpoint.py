@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
 import efcp_jax
@@ -31,7 +32,9 @@ def make():
     model = nnx.Sequential(
         nnx.Linear(8, 64, rngs=rngs), nnx.tanh, nnx.Linear(64, 1, rngs=rngs)
     )
-    tx = efcp_jax.sparse_mfac(1 / 16, window_size=16, density=0.1, block_size=64)
+    # Updates keep their length as gradients shrink, so the learning rate must fall.
+    decay = optax.cosine_decay_schedule(1 / 16, STEPS)
+    tx = efcp_jax.sparse_mfac(decay, window_size=16, density=0.1, block_size=64)
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
