@@ -194,8 +194,14 @@ LABELLED = by_label(
 )
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("placing", ["data", "fsdp x tensor", "mixed"])
+@pytest.mark.parametrize(
+    ("placing", "kind"),
+    [
+        ("data", AxisType.Auto),
+        ("fsdp x tensor", AxisType.Explicit),
+        ("mixed", AxisType.Auto),
+    ],
+)
 @pytest.mark.parametrize("compressor", [identity(), LABELLED], ids=["one", "parts"])
 def test_many_devices_give_the_product_of_one(compressor, placing, kind):
     where = sharding_cases.PLACINGS[placing]

@@ -233,9 +233,15 @@ def test_map_params_and_a_checkpoint_keep_the_state(tmp_path):
     aliases.assert_equal(*continued)
 
 
-@pytest.mark.parametrize("placing", ["data", "fsdp x tensor", "mixed"])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("placing", "kind", "every"),
+    [
+        ("data", AxisType.Auto, 1),
+        ("fsdp x tensor", AxisType.Explicit, 1),
+        ("fsdp x tensor", AxisType.Auto, 2),
+        ("mixed", AxisType.Explicit, 2),
+    ],
+)
 def test_figures_on_a_mesh_are_those_of_one_device(placing, kind, every):
     where, stacked = sharding_cases.PLACINGS[placing], sharding_cases.gradients()
 
