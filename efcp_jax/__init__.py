@@ -27,12 +27,14 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     step                                compress, insert, inner, solve, combine
     intake                              the gradient's way in: metric, error, row
     protocol  states                    a step as an Optax transformation; what it keeps
-    feedback  window                    error + gradient -> row; the last m rows
+    feedback  outside                   error + gradient -> row; what a row leaves out
+    window                              the last m rows
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
     metrics                             what gradients are measured in
     compressors                         what a row is, one representation a file
     passes                              work over a window, one file a platform
     devices                             which device holds what
+    rounded                             errors of 8 bits
     numerics                            products, casts and scales
 """
 

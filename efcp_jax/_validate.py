@@ -106,6 +106,12 @@ def stored_dtype(
     return dtype
 
 
+def error_dtype(value: Any) -> np.dtype | None:
+    """Return `value` as a dtype, or raise if no error can be kept in it."""
+    remedy = ""  # every error can be rounded
+    return stored_dtype("error_dtype", value, ("int8",), True, remedy)
+
+
 def _dtype(name: str, value: Any) -> np.dtype:
     try:
         return jnp.dtype(value)

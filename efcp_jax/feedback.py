@@ -46,13 +46,14 @@ def compress(
     *,
     scaled: bool,
     accept: jax.Array,
+    count: jax.Array,
 ) -> Compressed:
     """Compress the gradient plus `error` and return the row and the error that remains.
 
     Args:
         space: The representation.
         tree: $g_t$, a tree of the layout of `space`.
-        error: $e_t$, of the same shapes in any floating dtype; None for no feedback.
+        error: $e_t$, as it is kept; None for no feedback.
         basis: What the representation carries between steps.
         scaled: Whether to divide the row by the power of two above its largest entry,
             which is exact and lets gradients of any magnitude share a window. It needs
@@ -62,6 +63,7 @@ def compress(
         accept: Whether to add the gradient; else the error stays as it is. Knowing that
             before the error is touched, it is overwritten where it lies; choosing
             between the new and the old one needs both.
+        count: The number of the step, for rounding.
 
     Returns:
         The compressed gradient and everything the next step needs.
@@ -71,5 +73,6 @@ def compress(
         total = space.pack(tree)
         row, scale, basis = space.compress(total, basis, scaled)
     else:
-        row, scale, error, basis = space.feed(tree, error, basis, accept, scaled)
+        given = tree, error, basis, accept, count, scaled
+        row, scale, error, basis = space.feed(*given)
     return Compressed(row, scale, error, basis)

@@ -198,9 +198,9 @@ def reshard_state(
     The global shapes of a state depend on the devices that made it: blocks are padded
     to divide among them, and each packs its own shards. This moves every number to its
     place in the new layout; nothing is rounded or recomputed, so training goes on with
-    equal results. Once a restart, on the host, one array at a time. Only values of 8
-    bits are rounded anew, and only where the blocks of a tile come from several tiles:
-    they get one scale.
+    equal results. Once a restart, on the host, one array at a time. Only values and
+    errors of 8 bits are rounded anew, and only where numbers that share a scale come
+    from several.
 
     Args:
         state: The state, of NumPy arrays or of arrays that this process can read.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, intake, passes, window as windows
+from efcp_jax import _validate, intake, outside, passes, rounded, window as windows
 from efcp_jax.compressors import Compressor, Space, identity, scoped
 from efcp_jax.metrics import Metric
 from efcp_jax.metrics.base import optional
@@ -28,10 +28,9 @@ WINDOW_SIZE = 64
 
 # Returns the coefficients of the stored rows, and what to keep, from the Gram matrix,
 # what was kept, the window behind the insertion, the slot of the newest row and the
-# values of the hyperparameters.
-_Coefficients = Callable[
-    [jax.Array, Any, Window, jax.Array, dict[str, Any]], tuple[jax.Array, Any]
-]
+# values of the hyperparameters. Where the whole gradient is preconditioned, the inner
+# products with what the row leaves out of it follow, and its factor is returned too.
+_Coefficients = Callable[..., tuple[Any, ...]]
 
 
 def compressed(
@@ -44,17 +43,16 @@ def compressed(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that emits $c_t$; arguments as `error_feedback`."""
     compressor, metric = _compressor(compressor), optional(metric)
-    error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
+    error_dtype = _validate.error_dtype(error_dtype)
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
     def init(space: Space) -> ErrorFeedbackState:
         vector, _, basis = space.zeros()
-        error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
         count = jnp.zeros((), jnp.int32)
         return ErrorFeedbackState(
             count=count,
             skipped=jnp.zeros_like(count),
-            error=error,
+            error=rounded.zeros(vector, space.specs()[0], error_dtype),
             basis=basis,
             metric=metric.init(space.layout) if metric else None,
         )
@@ -65,7 +63,7 @@ def compressed(
         return ErrorFeedbackState(
             count=one,
             skipped=one,
-            error=vector,
+            error=rounded.specs(vector, error_dtype),
             basis=basis,
             metric=metric.specs(space.layout) if metric else None,
         )
@@ -111,8 +109,12 @@ def preconditioned(
     error_dtype: jax.typing.DTypeLike | None,
     skip_nonfinite: bool,
     sharding: Any,
+    whole: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation with the coefficients of either preconditioner."""
+    """Return the transformation with the coefficients of either preconditioner.
+
+    With `whole`, the gradient is preconditioned and not its compressed row.
+    """
     compressor, metric = _compressor(compressor), optional(metric)
     block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
     compressor = scoped(compressor, block_diagonal)
@@ -122,18 +124,20 @@ def preconditioned(
     # A compressor that drops nothing leaves an error of zero, not worth its memory.
     error_feedback = _validate.boolean("error_feedback", error_feedback)
     error_feedback = error_feedback and not compressor.lossless
-    error_dtype = _validate.floating_dtype("error_dtype", error_dtype)
+    whole = whole and not compressor.lossless
+    error_dtype = _validate.error_dtype(error_dtype)
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
     def init(space: Space):
         vector, _, basis = space.zeros()
-        error = jax.tree.map(lambda e: e.astype(error_dtype or e.dtype), vector)
         count = jnp.zeros((), jnp.int32)
         dtype = space.layout.dtype
         return state_type(
             count=count,
             skipped=jnp.zeros_like(count),
-            error=error if error_feedback else None,
+            error=rounded.zeros(vector, space.specs()[0], error_dtype)
+            if error_feedback
+            else None,
             basis=basis,
             window=windows.empty(space, size, dtype),
             gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
@@ -148,7 +152,7 @@ def preconditioned(
         return state_type(
             count=one,
             skipped=one,
-            error=vector if error_feedback else None,
+            error=rounded.specs(vector, error_dtype) if error_feedback else None,
             basis=basis,
             window=Window(rows=row, scale=one, slot=one, filled=one),
             gram=space.grams(one),
@@ -161,39 +165,52 @@ def preconditioned(
         new = intake.take(space, updates, state, metric, skip_nonfinite)
         accept, window = jnp.asarray(True), state.window
         row, scale = new.row.row, new.row.scale
+        rest = outside.rest(space, new.gradient, row, scale) if whole else None
+
+        def multiply(rows: Any) -> tuple[Any, Any]:
+            seen = space.dot(rows, rest) if whole else None
+            return space.inner(rows, row), seen
+
         if not layout.axes:
             # The row is inserted first: all reading behind the writing needs no copy.
             accept = new.finite if skip_nonfinite else accept
             window = windows.insert(window, row, scale, accept)
-            products = space.inner(window.rows, row)
+            products, seen = multiply(window.rows)
         else:
-            products = windows.inner(space, window, row)
+            products, seen = windows.products(multiply, window, row)
         # A device that met an entry that is not finite tells the others in the sum.
         products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
-        products, share = layout.sum((products, new.share))
+        products, share, seen = layout.sum((products, new.share, seen))
         if layout.axes:
             if skip_nonfinite:
                 accept = new.finite & passes.all_finite(jax.tree.leaves(products))
             window = windows.insert(window, row, scale, accept)
         replace = lambda old, row: grams.replace(old, row, slot, accept)
-        gram = jax.tree.map(space.each_gram(replace), state.gram, products)
-        solve = lambda k, kept: coefficients(k, kept, window, slot, values)
+        gram = jax.tree.map(replace, state.gram, products)
+        solve = lambda k, kept, *seen: coefficients(
+            k, kept, window, slot, values, *seen
+        )
         # Large systems keep the cores busy one by one, and their branches apart.
         large = bool(jax.tree.leaves(state.factor))
-        each = space.each_gram(solve, in_turn=large)
-        solved = jax.tree.map(each, gram, state.factor)
-        weights = jax.tree.map(
-            lambda _, new: jnp.where(accept, new[0], 0), gram, solved
-        )
-        update = functools.partial(space.update, window.rows)
-        return new.outward(update, weights), state_type(
+        given = (gram, state.factor, seen) if whole else (gram, state.factor)
+        solved = space.each_gram(solve, in_turn=large)(*given)
+        part = lambda i: jax.tree.map(lambda _, new: new[i], gram, solved)
+        chosen = lambda i: jax.tree.map(lambda x: jnp.where(accept, x, 0), part(i))
+        if whole:
+            # Of a gradient that is not accepted not even NaN times 0 may remain.
+            rest = jax.tree.map(lambda x: jnp.where(accept, x, 0), rest)
+            made = chosen(0), chosen(2)
+            update = functools.partial(outside.update, space, window.rows, rest)
+        else:
+            made, update = chosen(0), functools.partial(space.update, window.rows)
+        return new.outward(update, made), state_type(
             count=optax.safe_increment(state.count),
             skipped=_count_skipped(state.skipped, accept),
             error=new.error(accept, state.error),
             basis=intake.select(accept, new.row.basis, state.basis),
             window=window,
             gram=gram,
-            factor=jax.tree.map(lambda _, new: new[1], gram, solved),
+            factor=part(1),
             metric=new.metric(accept, share, state.metric),
         )
 

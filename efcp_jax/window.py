@@ -6,7 +6,8 @@ and zero rows, and need no special case. Rows lie end to end along one axis, so 
 a window of one.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -67,14 +68,17 @@ def insert(
     )
 
 
-def inner(space: Space, window: Window, row: chex.ArrayTree) -> chex.ArrayTree:
-    """Return the stored rows' inner products with `row` once it is at the next slot.
+def products(product: Callable[[Any], Any], window: Window, row: chex.ArrayTree) -> Any:
+    """Return the stored rows' inner products with a vector once `row` is inserted.
 
-    Shape `(m,)`, or `(g, m)` for an array of Gram matrices, this device's share. The
-    entry of the row about to be overwritten is the row's product with itself.
+    Args:
+        product: From rows to their inner products, shape `(m,)`, or `(g, m)` for an
+            array of Gram matrices.
+        window: The window in front of the insertion.
+        row: The row that will be at the next slot.
     """
     return jax.tree.map(
-        lambda all_rows, itself: all_rows.at[..., window.slot].set(itself[..., 0]),
-        space.inner(window.rows, row),
-        space.inner(row, row),
+        lambda all_rows, new: all_rows.at[..., window.slot].set(new[..., 0]),
+        product(window.rows),
+        product(row),
     )

@@ -77,7 +77,7 @@ BAD = [
     ("divisor", MFACS, "rows", ValueError, "'window_size' or 'filled'", "'filled'"),
     ("error_feedback", EVERY, 1, TypeError, "True or False", "True"),
     ("skip_nonfinite", FEEDBACK, None, TypeError, "True or False", "True"),
-    ("error_dtype", FEEDBACK, jnp.int8, ValueError, "floating", "jnp.bfloat16"),
+    ("error_dtype", FEEDBACK, jnp.int16, ValueError, "floating", "jnp.int8"),
     ("error_dtype", FEEDBACK, "narrow", TypeError, "floating", "jnp.bfloat16"),
     ("error_dtype", FEEDBACK, F8, ValueError, "16 bits", "jnp.bfloat16"),
     ("value_dtype", WIDE, jnp.int8, ValueError, "16 bits", "of `top_k` only"),

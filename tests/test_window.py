@@ -27,7 +27,7 @@ class Step(NamedTuple):
         before: The window before it.
         after: The window behind it.
         stored: Every slot of `after` as a vector, without its scale.
-        products: What `inner` said before it.
+        products: What `products` said before it.
         scale: The scale of the new row.
     """
 
@@ -48,9 +48,16 @@ def history(name, accept=(True,) * STEPS):
         def insert(carry, given):
             (before, basis), (gradient, accepted) = carry, given
             new = feedback.compress(
-                space, gradient, None, basis, scaled=True, accept=jnp.asarray(True)
+                space,
+                gradient,
+                None,
+                basis,
+                scaled=True,
+                accept=jnp.asarray(True),
+                count=jnp.zeros((), jnp.int32),
             )
-            products = windows.inner(space, before, new.row)
+            inner = lambda rows: space.inner(rows, new.row)
+            products = windows.products(inner, before, new.row)
             after = windows.insert(before, new.row, new.scale, accepted)
             rows = [cases.stored_row(space, after.rows, i) for i in SLOTS]
             stored = [space.unpack(space.expand(each)) for each in rows]

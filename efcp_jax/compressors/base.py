@@ -17,8 +17,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from efcp_jax import rounded
 from efcp_jax.devices.layout import Layout
-from efcp_jax.numerics import cast
 
 
 # Every array of a window lays its rows end to end along this axis, behind the axis that
@@ -99,12 +99,14 @@ class Space(Protocol):
         error: Vector,
         basis: Basis | None,
         accept: jax.Array,
+        count: jax.Array,
         scaled: bool,
     ) -> tuple[Row, jax.Array, Vector, Basis | None]:
         """Compress `error` plus `tree`; return the row, its scale, error and basis.
 
-        The error comes in the dtype it is kept in, and so does what is left of it. If
-        not `accept`, the tree is not added, and the error stays as it is.
+        The error comes as it is kept, and so does what is left of it, rounded by
+        `count`, the number of the step. If not `accept`, the tree is not added, and the
+        error stays as it is.
         """
         ...
 
@@ -132,6 +134,10 @@ class Space(Protocol):
         """Return the vector G^T w; the adjoint of `dot` on one device."""
         ...
 
+    def times(self, vector: Vector, factors: Gram) -> Vector:
+        """Return what of `vector` belongs to each Gram matrix, times its factor."""
+        ...
+
     def update(self, window: Rows, coefficients: Gram) -> chex.ArrayTree:
         """Return the tree of `combine`."""
         ...
@@ -143,9 +149,11 @@ class Space(Protocol):
     def each_gram(
         self, function: Callable[..., Any], *, in_turn: bool = False
     ) -> Callable[..., Any]:
-        """Return `function` of one Gram matrix for arrays of them.
+        """Return `function` of one Gram matrix for the tree of all there are.
 
-        It is applied to all of them at once, or one after the other if `in_turn`.
+        Of other trees that have something in place of each array of Gram matrices, it
+        gets what belongs to the matrix. It is applied to all at once, or one after the
+        other if `in_turn`.
         """
         ...
 
@@ -164,16 +172,15 @@ def feed(
     error: Vector,
     basis: Basis | None,
     accept: jax.Array,
+    count: jax.Array,
     scaled: bool,
 ) -> tuple[Row, jax.Array, Vector, Basis | None]:
     """Do what `Space.feed` does, one operation of the space after the other."""
-    before = jax.tree.map(lambda e: e.astype(space.layout.dtype), error)
+    before = rounded.load(error, space.layout.dtype)
     total = space.accumulate(tree, before, accept)
     row, scale, basis = space.compress(total, basis, scaled)
     rest = space.residual(total, row, jnp.where(accept, scale, 0))
-    # An infinity in the error would make every later step non-finite.
-    rest = jax.tree.map(lambda a, e: cast(a, e.dtype), rest, error)
-    return row, scale, rest, basis
+    return row, scale, rounded.store(rest, error, accept, count), basis
 
 
 @runtime_checkable

@@ -152,9 +152,9 @@ class ByLeafSpace:
         )
         return *self._row(made), basis
 
-    def feed(self, tree, error: Groups, basis: None, accept, scaled):  # noqa: D102
+    def feed(self, tree, error: Groups, basis: None, accept, count, scaled):  # noqa: D102
         made = self._each(
-            lambda s, x, e: s.feed([x], e, None, accept, scaled)[:3],
+            lambda s, x, e: s.feed([x], e, None, accept, count, scaled)[:3],
             self._stack(tree),
             self._apart(error),
         )
@@ -214,6 +214,10 @@ class ByLeafSpace:
             )
         )
 
+    def times(self, vector: Groups, factors: Groups) -> Groups:  # noqa: D102
+        each = lambda s, v, factor: s.times(v, factor)
+        return _joined(self._each(each, self._apart(vector), factors))
+
     def update(self, window: LeafRow, coefficients: Groups):  # noqa: D102
         return self.unpack(self.combine(window, coefficients))
 
@@ -222,7 +226,7 @@ class ByLeafSpace:
         return many_grams.repeated(counts, value)
 
     def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
-        return many_grams.batched(function, in_turn)
+        return many_grams.of_all(function, in_turn)
 
     def mover(self, new: "ByLeafSpace") -> LeafMover:  # noqa: D102
         return LeafMover(self, new)

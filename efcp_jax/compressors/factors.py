@@ -145,8 +145,8 @@ class LowRankSpace:
         )
         return LowRankRow(self._thin(left), right), scale, self._thin(following)
 
-    def feed(self, tree, error, basis, accept, scaled):  # noqa: D102
-        return feed(self, tree, error, basis, accept, scaled)
+    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
+        return feed(self, tree, error, basis, accept, count, scaled)
 
     def expand(self, row: LowRankRow) -> Batches:  # noqa: D102
         one = jnp.ones((), self.layout.dtype)
@@ -199,6 +199,11 @@ class LowRankSpace:
         weights = self._weights(coefficients)
         return self._map(batches.combine, window.left, window.right, weights)
 
+    def times(self, vector: Batches, factors: Any) -> Batches:  # noqa: D102
+        times = jax.vmap(jnp.multiply) if self.block_diagonal else jnp.multiply
+        factors = factors if self.block_diagonal else dict.fromkeys(vector, factors)
+        return {name: times(x, factors[name]) for name, x in vector.items()}
+
     def update(self, window: LowRankRow, coefficients):  # noqa: D102
         if self.layout.axes:
             return self.unpack(self.combine(window, coefficients))
@@ -220,7 +225,7 @@ class LowRankSpace:
     def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
         if not self.block_diagonal:
             return function
-        return many_grams.batched(function, in_turn)
+        return many_grams.of_all(function, in_turn)
 
     def mover(self, new: "LowRankSpace") -> FactorMover:  # noqa: D102
         return FactorMover(self, new)

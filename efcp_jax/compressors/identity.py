@@ -99,8 +99,8 @@ class IdentitySpace:
         scale, inverse = row_scale(vector, scaled)
         return (vector * inverse).astype(self.dtype)[:, None], scale, None
 
-    def feed(self, tree, error, basis, accept, scaled):  # noqa: D102
-        return feed(self, tree, error, basis, accept, scaled)
+    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
+        return feed(self, tree, error, basis, accept, count, scaled)
 
     def expand(self, row: jax.Array) -> jax.Array:  # noqa: D102
         return row[:, 0].astype(self.layout.dtype)
@@ -131,6 +131,9 @@ class IdentitySpace:
             coefficients,
             precision=lax.Precision.HIGHEST,
         )
+
+    def times(self, vector: jax.Array, factors: jax.Array):  # noqa: D102
+        return vector * factors
 
     def update(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
         return self.unpack(self.combine(window, coefficients))

@@ -124,12 +124,12 @@ class LabelledSpace:
             *made[label], bases[label] = space.compress(vector[label], old, scaled)
         return *self._joined(made), _bases(bases)
 
-    def feed(self, tree, error: Parts, basis: Parts | None, accept, scaled):  # noqa: D102
+    def feed(self, tree, error: Parts, basis: Any, accept, count, scaled):  # noqa: D102
         made, errors, bases, trees = {}, {}, {}, self._divided(tree)
         for label, space, _ in self.parts:
             old = (basis or {}).get(label)
             *made[label], errors[label], bases[label] = space.feed(
-                trees[label], error[label], old, accept, scaled
+                trees[label], error[label], old, accept, count, scaled
             )
         return *self._joined(made), errors, _bases(bases)
 
@@ -191,6 +191,12 @@ class LabelledSpace:
             for p in self.parts
         }
 
+    def times(self, vector: Parts, factors: Any) -> Parts:  # noqa: D102
+        each = lambda label: factors[label] if self.block_diagonal else factors
+        return {
+            p.label: p.space.times(vector[p.label], each(p.label)) for p in self.parts
+        }
+
     def update(self, window: LabelledRow, coefficients: Any):  # noqa: D102
         weights = self._weights(coefficients, window.ratios)
         return self._united(
@@ -209,7 +215,7 @@ class LabelledSpace:
         # Block-diagonal parts all keep arrays of Gram matrices.
         if not self.block_diagonal:
             return function
-        return many_grams.batched(function, in_turn)
+        return many_grams.of_all(function, in_turn)
 
     def mover(self, new: "LabelledSpace") -> LabelledMover:  # noqa: D102
         labels = [tuple((p.label, p.indices) for p in s.parts) for s in (self, new)]

@@ -5,10 +5,9 @@ from typing import Any
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.compressors.base import ROW_AXIS, feed
+from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import SparseMover
 from efcp_jax.compressors.versions import SparseUpgrader
@@ -77,13 +76,14 @@ class SparseSpace:
         values, offsets = self.passes.select(vector)
         return *self._row(values, offsets, scaled), None
 
-    def feed(self, tree, error, basis, accept, scaled):  # noqa: D102
-        def by_parts(error: jax.Array, accept: jax.Array) -> Any:
-            return feed(self, tree, error, basis, accept, scaled)[:3]
+    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
+        def by_parts(error: Any, accept: jax.Array, count: jax.Array) -> Any:
+            return feed(self, tree, error, basis, accept, count, scaled)[:3]
 
         row, scale, rest = self.passes.feed(
             error,
             accept,
+            count,
             by_parts,
             gradient=lambda: self.pack(tree),
             finish=lambda values, offsets: self._row(values, offsets, scaled),
@@ -114,27 +114,16 @@ class SparseSpace:
         return self.passes.inner(window, shared)
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:  # noqa: D102
-        kept, shares = self.passes.kept, self.blocks.shares
+        shares = self.blocks.shares
         vector = vector if shares is None else vector * shares[:, None]
-        size = jax.tree.leaves(window)[0].shape[ROW_AXIS] // kept
-
-        def one(slot: jax.Array) -> jax.Array:
-            # A row at a time, and behind a barrier that depends on the round, or XLA on
-            # CPUs would make a window of float32 in front of the loop.
-            rows, slot = lax.optimization_barrier((window, slot))
-            cut = lambda x: lax.dynamic_slice_in_dim(x, slot * kept, kept, ROW_AXIS)
-            values, offsets = self.storage.load(
-                jax.tree.map(cut, rows), self.layout.dtype
-            )
-            values, offsets = (self.passes.by_block(x)[:, 0] for x in (values, offsets))
-            taken = jnp.take_along_axis(vector, offsets, 1, mode="promise_in_bounds")
-            return jnp.sum(values * taken)
-
-        return lax.map(one, jnp.arange(size, dtype=jnp.int32))
+        return self.passes.dot(window, vector)
 
     def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         (flat,) = self.passes.combine(window, coefficients, self.blocks.whole)
         return flat.reshape(-1, self.blocks.size)
+
+    def times(self, vector: jax.Array, factors: jax.Array):  # noqa: D102
+        return vector * factors
 
     def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         if not self.blocks.flat:

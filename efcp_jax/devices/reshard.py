@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from efcp_jax import rounded
 from efcp_jax.devices.description import Description
 
 
@@ -15,16 +16,27 @@ def convert(state: Any, source: Description, target: Description) -> Any:
         ValueError: They differ in more than the layout, or kept entries do not fit.
     """
     _check(state, source, target)
-    new = moved(state, source.space.mover(target.space))
+    new = moved(state, source.space.mover(target.space), target.arrays)
     if new.metric is None:
         return new
     fit = lambda array, like: _fitted(np.asarray(array), like.shape)
     return new._replace(metric=jax.tree.map(fit, new.metric, target.arrays.metric))
 
 
-def moved(state: Any, mover: Any) -> Any:
-    """Return `state` with every field that knows the layout moved by `mover`."""
-    ways = {"error": mover.vector, "basis": mover.basis}
+def moved(state: Any, mover: Any, like: Any) -> Any:
+    """Return `state` with every field that knows the layout moved by `mover`.
+
+    Args:
+        state: The state, arrays of NumPy.
+        mover: What moves each kind of field.
+        like: The state that is to be made, of which only shapes are read.
+    """
+
+    def error(error: Any) -> Any:
+        vector = mover.vector(rounded.load(jax.tree.map(np.asarray, error)))
+        return rounded.store_on_host(vector, like.error)
+
+    ways = {"error": error, "basis": mover.basis}
     if hasattr(state, "window"):
         ways |= {"gram": mover.grams, "factor": mover.grams}
     fields = {

@@ -42,7 +42,7 @@ def _part(saved: Any, path: Any, leaf: Any) -> Any:
     state = _named(leaf.arrays, part, path)
     if hasattr(leaf.arrays, "window"):
         state = state._replace(window=_named(leaf.arrays.window, state.window, path))
-    return moved(state, leaf.space.upgrader())
+    return moved(state, leaf.space.upgrader(), leaf.arrays)
 
 
 def _named(like: Any, part: Any, path: Any) -> Any:

@@ -64,7 +64,8 @@ def ggt(
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
-        error_dtype: Floating dtype of the error; None for the working dtype.
+        error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
+            dtype. See `scale_by_ggt`.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
         sharding: Where the parameters live; see `scale_by_ggt`.
 

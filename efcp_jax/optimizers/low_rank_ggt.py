@@ -69,7 +69,8 @@ def low_rank_ggt(
             for the whole gradient.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
-        error_dtype: Floating dtype of the error; None for the working dtype.
+        error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
+            dtype. See `scale_by_ggt`.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
         sharding: Where the parameters live; see `scale_by_ggt`.
 
@@ -112,10 +113,9 @@ def low_rank_ggt(
         b2=b2,
         nesterov=nesterov,
         compressor=compressors.low_rank(
-            4 if rank is None else rank,
-            block_diagonal=block_diagonal,
-            value_dtype=value_dtype,
+            4 if rank is None else rank, value_dtype=value_dtype
         ),
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

@@ -70,7 +70,8 @@ def low_rank_mfac(
             for the whole gradient.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
-        error_dtype: Floating dtype of the error; None for the working dtype.
+        error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
+            dtype. See `scale_by_mfac`.
         divisor: `"window_size"` or `"filled"`, what the Fisher matrix divides by.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
         sharding: Where the parameters live; see `scale_by_mfac`.
@@ -114,10 +115,9 @@ def low_rank_mfac(
         nesterov=nesterov,
         divisor=divisor,
         compressor=compressors.low_rank(
-            4 if rank is None else rank,
-            block_diagonal=block_diagonal,
-            value_dtype=value_dtype,
+            4 if rank is None else rank, value_dtype=value_dtype
         ),
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

@@ -25,6 +25,7 @@ def sparse_ggt(
     *,
     relative: bool = False,
     nesterov: bool = False,
+    block_diagonal: bool = False,
     metric: Metric | None = None,
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
@@ -62,6 +63,8 @@ def sparse_ggt(
         relative: Whether eps is in units of the root mean square of the norms of the
             window's rows, so that the scale of the loss does not matter.
         nesterov: Whether the first moment looks ahead.
+        block_diagonal: Whether every leaf has a Gram matrix of its own, and blocks are
+            cut of one leaf only, instead of one matrix for all parameters.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -71,7 +74,8 @@ def sparse_ggt(
             Narrower ones are `jnp.bfloat16`, `jnp.int8` and `jnp.float8_e4m3fn`; see
             `top_k`.
         error_feedback: Whether what compression drops is added to the next gradient.
-        error_dtype: Floating dtype of the error; None for the working dtype.
+        error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
+            dtype. See `scale_by_ggt`.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
         sharding: Where the parameters live; see `scale_by_ggt`.
 
@@ -118,6 +122,7 @@ def sparse_ggt(
             block_size=BLOCK_SIZE if block_size is None else block_size,
             value_dtype=value_dtype,
         ),
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

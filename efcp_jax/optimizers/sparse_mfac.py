@@ -24,6 +24,7 @@ def sparse_mfac(
     relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
+    block_diagonal: bool = False,
     metric: Metric | None = None,
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
@@ -63,6 +64,8 @@ def sparse_mfac(
             loss does not matter; see `scale_by_mfac`.
         b1: Decay of a first moment over the window, in [0, 1).
         nesterov: Whether that moment looks ahead.
+        block_diagonal: Whether every leaf has a Gram matrix of its own, and blocks are
+            cut of one leaf only, instead of one matrix for all parameters.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
@@ -72,7 +75,8 @@ def sparse_mfac(
             Narrower ones are `jnp.bfloat16`, `jnp.int8` and `jnp.float8_e4m3fn`; see
             `top_k`.
         error_feedback: Whether what compression drops is added to the next gradient.
-        error_dtype: Floating dtype of the error; None for the working dtype.
+        error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
+            dtype. See `scale_by_mfac`.
         divisor: `"window_size"` or `"filled"`, what the Fisher matrix divides by.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
         sharding: Where the parameters live; see `scale_by_mfac`.
@@ -121,6 +125,7 @@ def sparse_mfac(
             block_size=BLOCK_SIZE if block_size is None else block_size,
             value_dtype=value_dtype,
         ),
+        block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
         error_dtype=error_dtype,

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.passes import reference
@@ -48,27 +49,46 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
 
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    tiles, entries, lanes = window.values.shape
-    kept = row.values.shape[1]
+    kept, dtype = row.values.shape[1], row.values.dtype
 
-    def products(start: Any, chunk: int) -> jax.Array:
-        rows, newest = part(window, start, chunk), part(row, start, chunk)
+    def products(rows: Tiled, start: Any, chunk: int) -> jax.Array:
+        newest = part(row, start, chunk)
         if kept <= MOST_MATCHES:
             return matched(rows, newest)
-        vector = reference.scatter(newest, size)
-        offsets = reference.from_tiles(rows.offsets).astype(jnp.uint32)
-        taken = jnp.take_along_axis(vector, offsets, 1, mode="promise_in_bounds")
-        return rows.load(vector.dtype) * reference.to_tiles(taken, lanes)
+        return _taken(rows, reference.scatter(newest, size))
 
-    def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
-        return total + products(start, chunk)
+    return _summed(window, products, kept, dtype)
 
+
+def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with a vector."""
+    lanes = window.values.shape[2]
+
+    def products(rows: Tiled, start: Any, chunk: int) -> jax.Array:
+        blocks = lax.dynamic_slice_in_dim(vector, start * lanes, chunk * lanes)
+        return _taken(rows, blocks)
+
+    return _summed(window, products, kept, vector.dtype)
+
+
+def _taken(rows: Tiled, vector: jax.Array) -> jax.Array:
+    """Return each entry of `rows` times that of `vector` at its place."""
+    offsets = reference.from_tiles(rows.offsets).astype(jnp.uint32)
+    taken = jnp.take_along_axis(vector, offsets, 1, mode="promise_in_bounds")
+    return rows.load(vector.dtype) * reference.to_tiles(taken, rows.values.shape[2])
+
+
+def _summed(window: Tiled, products: Any, kept: int, dtype: Any) -> jax.Array:
+    """Return the sums of `products(rows, start, chunk)` of some tiles after others."""
+    tiles, entries, lanes = window.values.shape
+    of = lambda start, chunk: products(part(window, start, chunk), start, chunk)
+    add = lambda total, start, chunk: total + of(start, chunk)
     chunk = max(1, min(_INNER // (entries * lanes), tiles // _FEWEST_ROUNDS))
     whole = tiles // chunk * chunk
-    zeros = jnp.zeros((chunk, entries, lanes), row.values.dtype)
+    zeros = jnp.zeros((chunk, entries, lanes), dtype)
     total = jnp.sum(sweep(whole, chunk, zeros, add), axis=(0, 2))
     if whole < tiles:
-        total += jnp.sum(products(whole, tiles - whole), axis=(0, 2))
+        total += jnp.sum(of(whole, tiles - whole), axis=(0, 2))
     return jnp.sum(total.reshape(-1, kept), axis=1)
 
 

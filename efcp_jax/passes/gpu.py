@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from efcp_jax.passes import gpu_add, reference
 from efcp_jax.passes.bisection import largest
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
-from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched
+from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched, spread
 from efcp_jax.passes.places import chunk_products, place, shape
 from efcp_jax.passes.runs import sweep
 
@@ -43,11 +43,16 @@ def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     if kept <= MOST_MATCHES:
         products = matched(window, row)
     else:
-        dense = spread(row, size)
-        lanes = window.values.shape[2]
-        offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
-        taken = jnp.take_along_axis(dense, offsets, axis=1, mode="promise_in_bounds")
-        products = window.load(dense.dtype) * reference.to_tiles(taken, lanes)
+        return dot(window, spread(row, size), kept=kept)
+    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
+
+
+def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with a vector."""
+    lanes = window.values.shape[2]
+    offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
+    taken = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
+    products = window.load(vector.dtype) * reference.to_tiles(taken, lanes)
     return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
 
 
@@ -68,13 +73,6 @@ def combine(
         return reference.cut(blocks, runs)
     weighted = window.load(weights.dtype) * reference.per_entry(window, weights)
     return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
-
-
-def spread(row: SparseRow, size: int) -> jax.Array:
-    """Return the blocks `(blocks, size)` that the entries add up to, by comparison."""
-    places = lax.broadcasted_iota(row.offsets.dtype, (1, 1, 1, size), 3)
-    here = row.offsets[..., None] == places
-    return jnp.sum(jnp.where(here, row.values[..., None], 0), axis=1).reshape(-1, size)
 
 
 def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.passes.bisection import largest
@@ -57,14 +58,15 @@ class LargeBlocks:
 
     def feed(
         self,
-        error: jax.Array,
+        error: Any,
         accept: jax.Array,
+        count: jax.Array,
         by_parts: Callable[..., Any],
         **forms: Any,
     ) -> Any:
         """Return what `by_parts` makes of `error`: there is no other form."""
         del forms
-        return by_parts(error, accept)
+        return by_parts(error, accept, count)
 
     def residual(
         self, vector: jax.Array, values: jax.Array, offsets: jax.Array
@@ -86,6 +88,29 @@ class LargeBlocks:
             Array of shape `(m,)`.
         """
         return by_platform("inner_large", window, row, form=self)
+
+    def dot(self, window: Stored, vector: jax.Array) -> jax.Array:
+        """Return the inner products of the rows of `window` with any vector.
+
+        Args:
+            window: The rows as they are stored, `(blocks, m k)`.
+            vector: Shape `(blocks, size)`, in the dtype of the result.
+
+        Returns:
+            Array of shape `(m,)`.
+        """
+
+        def one(slot: jax.Array) -> jax.Array:
+            # A row at a time, and behind a barrier that depends on the round, or XLA on
+            # CPUs would make a window of float32 in front of the loop.
+            rows, slot = lax.optimization_barrier((window, slot))
+            cut = lambda x: lax.dynamic_slice_in_dim(x, slot * self.kept, self.kept, 1)
+            row = self.storage.load(jax.tree.map(cut, rows), vector.dtype)
+            taken = jnp.take_along_axis(vector, row[1], 1, mode="promise_in_bounds")
+            return jnp.sum(row[0] * taken)
+
+        size = jax.tree.leaves(window)[0].shape[1] // self.kept
+        return lax.map(one, jnp.arange(size, dtype=jnp.int32))
 
     def combine(self, window: Stored, weights: jax.Array, runs: Any) -> list[jax.Array]:
         """Return the sum of the rows of `window` times `weights`, cut into leaves.

@@ -5,6 +5,7 @@ a temporary, and without a gather or a scatter.
 """
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.passes.entries import SparseRow, Tiled
@@ -43,6 +44,13 @@ def ascending(arrays: list[jax.Array]) -> list[jax.Array]:
             low, high = arrays[i], arrays[i + 1]
             arrays[i], arrays[i + 1] = jnp.minimum(low, high), jnp.maximum(low, high)
     return arrays
+
+
+def spread(row: SparseRow, size: int) -> jax.Array:
+    """Return the blocks `(blocks, size)` that the entries add up to, by comparison."""
+    places = lax.broadcasted_iota(row.offsets.dtype, (1, 1, 1, size), 3)
+    here = row.offsets[..., None] == places
+    return jnp.sum(jnp.where(here, row.values[..., None], 0), axis=1).reshape(-1, size)
 
 
 def matched(window: Tiled, row: SparseRow) -> jax.Array:

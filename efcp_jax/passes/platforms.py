@@ -26,8 +26,9 @@ def by_platform(name: str, *arrays: Any, **static: Any) -> Any:
 
 
 def fed(
-    error: jax.Array,
+    error: Any,
     accept: jax.Array,
+    count: jax.Array,
     by_parts: Callable[..., Any],
     *,
     gradient: Callable[[], jax.Array],
@@ -38,9 +39,9 @@ def fed(
 ) -> Any:
     """Return what `by_parts` makes of `error`, on TPUs in one pass; see `Tiles`."""
 
-    def at_once(error: jax.Array, accept: jax.Array) -> Any:
-        values, offsets, rest = tpu.feed(error, gradient(), accept, kept, dtype)
+    def at_once(error: Any, accept: jax.Array, count: jax.Array) -> Any:
+        values, offsets, rest = tpu.feed(error, gradient(), accept, count, kept, dtype)
         return *finish(values, offsets), rest
 
     forms = {"tpu": at_once} if tpu.feeds(error, dtype, lanes) else {}
-    return lax.platform_dependent(error, accept, default=by_parts, **forms)
+    return lax.platform_dependent(error, accept, count, default=by_parts, **forms)

@@ -38,6 +38,14 @@ def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     return jnp.sum(products.reshape(len(dense), rows, -1), axis=(0, 2))
 
 
+def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with a vector."""
+    offsets = from_tiles(window.offsets).astype(jnp.int32)
+    at = jnp.take_along_axis(vector, offsets, axis=1)
+    products = from_tiles(window.load(vector.dtype)) * at
+    return jnp.sum(products.reshape(len(vector), -1, kept), axis=(0, 2))
+
+
 def combine(
     window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:

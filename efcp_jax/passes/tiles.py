@@ -80,8 +80,9 @@ class Tiles:
 
     def feed(
         self,
-        error: jax.Array,
+        error: Any,
         accept: jax.Array,
+        count: jax.Array,
         by_parts: Callable[..., Any],
         *,
         gradient: Callable[[], jax.Array],
@@ -91,9 +92,10 @@ class Tiles:
         """Return the row and the scale of `error` plus a gradient, and what is left.
 
         Args:
-            error: Shape `(blocks, size)`, in the dtype that it is kept in.
+            error: Shape `(blocks, size)`, as it is kept.
             accept: Whether to add the gradient and to take anything away.
-            by_parts: From `error` and `accept` to the result, in several passes.
+            count: The number of the step, for rounding.
+            by_parts: From these three to the result, in several passes.
             gradient: Makes the gradient, shape `(blocks, size)`.
             finish: From the values of a row, rounded, and its offsets to the row as it
                 is stored, and its scale.
@@ -105,6 +107,7 @@ class Tiles:
         return fed(
             error,
             accept,
+            count,
             by_parts,
             gradient=gradient,
             finish=finish,
@@ -141,6 +144,18 @@ class Tiles:
         """
         row = SparseRow(row.values, row.offsets.astype(window.offsets.dtype))
         return by_platform("inner", window, row, size=self.size)
+
+    def dot(self, window: Tiled, vector: jax.Array) -> jax.Array:
+        """Return the inner products of the rows of `window` with any vector.
+
+        Args:
+            window: The rows as they are stored, entries `(tiles, m k, lanes)`.
+            vector: Shape `(blocks, size)`, in the dtype of the result.
+
+        Returns:
+            Array of shape `(m,)`.
+        """
+        return by_platform("dot", window, vector, kept=self.kept)
 
     def combine(self, window: Tiled, weights: jax.Array, runs: Any) -> list[jax.Array]:
         """Return the sum of the rows of `window` times `weights`, cut into leaves.

@@ -19,12 +19,18 @@ import numpy as np
 
 from efcp_jax.passes import reference, tpu_add, tpu_inner, tpu_select
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
-from efcp_jax.passes.matching import matched
+from efcp_jax.passes.matching import (
+    MOST_MATCHES,
+    argmax_rounds,
+    matched,
+    spread,
+)
 from efcp_jax.passes.places import shape
 from efcp_jax.passes.runs import part, sweep
 from efcp_jax.passes.scaled import DTYPES
-from efcp_jax.passes.tpu_select import feed as feed
+from efcp_jax.passes.tpu_feed import feed as feed
 from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.rounded import Rounded
 
 
 # Entries of a window of large blocks that are summed at a time.
@@ -38,14 +44,18 @@ def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.
         return values, lax.broadcasted_iota(jnp.int32, values.shape, 1)
     if _fits(vector, lanes):
         return tpu_select.select(vector, kept)
-    return reference.select(vector, kept=kept, lanes=lanes)
+    if kept > MOST_MATCHES:
+        return reference.select(vector, kept=kept, lanes=lanes)
+    offsets = argmax_rounds(vector, kept)
+    values = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
+    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
 
 
 def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return `vector` less the `values` at their places."""
     if _fits(vector, values.shape[2]):
         return tpu_add.add(values, offsets, -jnp.ones(1), vector.shape[1], vector)
-    return reference.residual(vector, values, offsets)
+    return vector - spread(SparseRow(values, offsets), vector.shape[1])
 
 
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
@@ -60,12 +70,24 @@ def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     return jnp.sum(products.reshape(-1, row.values.shape[1]), axis=1)
 
 
+def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+    """Return the inner products of the rows of `window` with a vector."""
+    size = vector.shape[1]
+    blocks = reference.to_tiles(vector, window.values.shape[2])
+    places = lax.broadcasted_iota(window.offsets.dtype, (1, 1, size, 1), 2)
+    here = window.offsets[:, :, None] == places
+    taken = jnp.sum(jnp.where(here, blocks[:, None], 0), axis=2)
+    products = jnp.sum(window.load(vector.dtype) * taken, axis=(0, 2))
+    return jnp.sum(products.reshape(-1, kept), axis=1)
+
+
 def combine(
     window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not _fits(weights, window.values.shape[2]):
-        return reference.combine(window, weights, size=size, runs=runs)
+        weighted = window.load(weights.dtype) * reference.per_entry(window, weights)
+        return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
     scales = _scales(window, weights.dtype)
     stored = window.values, window.offsets
     blocks = tpu_add.add(*stored, weights, size, scales=scales)
@@ -76,11 +98,16 @@ def combine(
     return lax.optimization_barrier(leaves)
 
 
-def feeds(error: jax.Array, dtype: np.dtype, lanes: int) -> bool:
+def feeds(error: Any, dtype: np.dtype, lanes: int) -> bool:
     """Return whether `feed` takes this error and values of `dtype`."""
     kinds = ("float32", "bfloat16")
     stored = (*kinds, *DTYPES)
-    return lanes == LANES and error.dtype.name in kinds and dtype.name in stored
+    if isinstance(error, Rounded):
+        # Bytes are turned where the entries of a block fill lanes.
+        fits = error.values.shape[1] % LANES == 0
+    else:
+        fits = error.dtype.name in kinds
+    return lanes == LANES and fits and dtype.name in stored
 
 
 def _scales(window: Tiled, dtype: np.dtype) -> jax.Array | None:

@@ -37,27 +37,27 @@ def to_tile(tile: jax.Array, dtype: np.dtype) -> Callable[[jax.Array], jax.Array
     """
     most, above = limits(dtype)
     peaks = jnp.max(jnp.abs(tile), axis=0, keepdims=True)
-    peak = _exponent(jnp.max(peaks, axis=1, keepdims=True))
+    peak = exponent_of(jnp.max(peaks, axis=1, keepdims=True))
     unit = peak + 1 - (above.bit_length() - 1)
 
     def rounded(values: jax.Array) -> jax.Array:
-        scaled = jnp.clip(values * _power(-unit), -most, most)
+        scaled = jnp.clip(values * power(-unit), -most, most)
         if jnp.issubdtype(dtype, jnp.integer):
             whole = jnp.round(scaled)
         else:
-            step = jnp.maximum(_exponent(jnp.abs(scaled)), _LEAST) - _MANTISSA
-            whole = jnp.round(scaled * _power(-step)) * _power(step)
-        return jnp.where(peak < _SMALLEST, 0.0, whole * _power(unit))
+            step = jnp.maximum(exponent_of(jnp.abs(scaled)), _LEAST) - _MANTISSA
+            whole = jnp.round(scaled * power(-step)) * power(step)
+        return jnp.where(peak < _SMALLEST, 0.0, whole * power(unit))
 
     return rounded
 
 
-def _exponent(magnitude: jax.Array) -> jax.Array:
+def exponent_of(magnitude: jax.Array) -> jax.Array:
     """Return the exponent of the largest power of two not above `magnitude`."""
     bits = lax.bitcast_convert_type(magnitude, jnp.int32)
     return ((bits & _EXPONENT) >> _SHIFT) - _BIAS
 
 
-def _power(exponent: jax.Array) -> jax.Array:
+def power(exponent: jax.Array) -> jax.Array:
     """Return 2 to the power of `exponent`, if that is a normal number."""
     return lax.bitcast_convert_type((exponent + _BIAS) << _SHIFT, jnp.float32)

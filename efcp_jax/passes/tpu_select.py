@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from efcp_jax.passes import tpu_round, tpu_tiles as layout
+from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
 
@@ -18,9 +18,9 @@ from efcp_jax.passes.tpu_tiles import LANES
 _UNROLLED = 4
 
 # Operations an entry and round.
-_ROUND = 12
+ROUND = 12
 
-_PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel",))
+PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel",))
 
 
 def select(
@@ -32,109 +32,28 @@ def select(
     def kernel(total, values, offsets):
         def tile(t, _):
             blocks = layout.read(total, t, size)
-            _pick(blocks, kept, t, values, offsets, lambda value: value)
+            pick(blocks, kept, t, values, offsets, lambda value: value)
             return 0
 
         lax.fori_loop(0, values.shape[0], tile, 0)
 
     tiles = total.shape[0] // LANES
     group = layout.group(tiles, 4 * size + 8 * kept)
-    values, offsets = _rows(tiles, kept)
+    values, offsets = rows(tiles, kept)
     call = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(tiles, group),),
         in_specs=[layout.vector_spec(group, size)],
-        out_specs=[_row_spec(group, kept)] * 2,
+        out_specs=[row_spec(group, kept)] * 2,
         out_shape=[values, offsets],
-        cost_estimate=layout.cost(_ROUND * kept * total.size),
-        compiler_params=_PARALLEL,
+        cost_estimate=layout.cost(ROUND * kept * total.size),
+        compiler_params=PARALLEL,
         interpret=interpret,
     )
     return layout.launch(call, [0], interpret, layout.turn(total, size))
 
 
-def feed(
-    error: jax.Array,
-    gradient: jax.Array,
-    accept: jax.Array,
-    kept: int,
-    dtype: jax.typing.DTypeLike,
-    *,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Add the gradient to the error, select, and leave what is not selected: one pass.
-
-    It moves 12 bytes an entry, where adding, selecting and subtracting by themselves
-    move 24. Rounding commutes with multiplying by a power of two, so a scale for the
-    row can be found behind this pass.
-
-    Args:
-        error: Shape `(blocks, size)`, float32 or bfloat16; overwritten.
-        gradient: Shape `(blocks, size)`, float32.
-        accept: Whether to add the gradient and to subtract what is selected.
-        kept: Number of entries kept of each block, in [1, size].
-        dtype: What the values are rounded to, within its range: bfloat16 or float32, or
-            one of `scaled.DTYPES`.
-        interpret: Whether to run the kernel on a CPU.
-
-    Returns:
-        Rounded values, float32, and offsets, int32, both `(tiles, kept, 128)`, and the
-        new error.
-    """
-    size = error.shape[1]
-    largest = float(jnp.finfo(jnp.float32).max)
-    within = lambda x, kind: jnp.clip(x, -_limit(kind), _limit(kind))
-    dtype = jnp.dtype(dtype)
-
-    def rounding(tile: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        if dtype.itemsize == 1:
-            return tpu_round.to_tile(tile, dtype)
-        return lambda x: within(x, dtype).astype(dtype).astype(jnp.float32)
-
-    def kernel(accept, error, gradient, values, offsets, rest):
-        accepted = accept[0, 0] != 0
-
-        def tile(t, _):
-            before = layout.read(error, t, size).astype(jnp.float32)
-            total = jnp.clip(before + layout.read(gradient, t, size), -largest, largest)
-            total = jnp.where(accepted, total, before)
-            taken = _pick(total, kept, t, values, offsets, rounding(total))
-            left = within(jnp.where(accepted, total - taken, total), rest.dtype)
-            layout.write(rest, t, size, left.astype(rest.dtype))
-            return 0
-
-        lax.fori_loop(0, values.shape[0], tile, 0)
-
-    tiles = error.shape[0] // LANES
-    group = layout.group(tiles, 12 * size + 8 * kept)
-    values, offsets = _rows(tiles, kept)
-    vector = layout.vector_spec(group, size)
-    scalar = pl.BlockSpec((1, 1), lambda i: (0, 0), memory_space=pltpu.SMEM)
-    turned = layout.turn(error, size)
-    call = pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(tiles, group),),
-        in_specs=[scalar, vector, vector],
-        out_specs=[*[_row_spec(group, kept)] * 2, vector],
-        out_shape=[values, offsets, jax.ShapeDtypeStruct(turned.shape, error.dtype)],
-        input_output_aliases={1: 2},
-        cost_estimate=layout.cost(_ROUND * kept * error.size),
-        compiler_params=_PARALLEL,
-        interpret=interpret,
-    )
-    accept = accept.astype(jnp.int32).reshape(1, 1)
-    values, offsets, rest = layout.launch(
-        call, [1], interpret, accept, turned, layout.turn(gradient, size)
-    )
-    return values, offsets, layout.turn(rest, size)
-
-
-def _limit(dtype: jax.typing.DTypeLike) -> float:
-    """Return the largest number of `dtype` that is one of float32 too."""
-    return min(float(jnp.finfo(kind).max) for kind in (dtype, jnp.float32))
-
-
-def _pick(
+def pick(
     blocks: jax.Array,
     kept: int,
     t: Any,
@@ -185,10 +104,12 @@ def _pick(
     return lax.fori_loop(0, kept, write, start, unroll=unroll)[1]
 
 
-def _rows(tiles: int, kept: int) -> list[jax.ShapeDtypeStruct]:
+def rows(tiles: int, kept: int) -> list[jax.ShapeDtypeStruct]:
+    """Return the shapes of values and offsets."""
     shape = (tiles, kept, LANES)
     return [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32)]
 
 
-def _row_spec(group: int, kept: int) -> pl.BlockSpec:
+def row_spec(group: int, kept: int) -> pl.BlockSpec:
+    """Return the part of values or offsets that a program writes."""
     return pl.BlockSpec((group, kept, LANES), lambda i: (i, 0, 0))

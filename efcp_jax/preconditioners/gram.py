@@ -15,8 +15,8 @@ def replace(
     often rows are replaced.
 
     Args:
-        gram: Inner products of the stored rows, shape `(m, m)`.
-        products: Inner products of all rows with the new one, shape `(m,)`.
+        gram: Inner products of the stored rows, shape `(..., m, m)`.
+        products: Inner products of all rows with the new one, shape `(..., m)`.
         slot: Slot of the new row, int32.
         accept: Whether to replace at all, a boolean.
 
@@ -25,10 +25,10 @@ def replace(
     """
 
     def write(gram: jax.Array, products: jax.Array) -> jax.Array:
-        return gram.at[slot].set(products).at[:, slot].set(products)
+        return gram.at[..., slot, :].set(products).at[..., slot].set(products)
 
     def select(gram: jax.Array, products: jax.Array) -> jax.Array:
-        return write(gram, jnp.where(accept, products, gram[slot]))
+        return write(gram, jnp.where(accept, products, gram[..., slot, :]))
 
     return overwrite(accept, write, select, gram, products)
 

@@ -37,8 +37,8 @@ def mfac_coefficients(
         kept: What the step before has left of its factorisation, `systems.empty` in
             front of the first, or None. Between two steps no row may change but that at
             $j$.
-        moment: $b$, what of each row is preconditioned, at least 0, shape `(m,)`. None
-            for $e_j$, the newest gradient.
+        moment: $b$, what of each row is preconditioned, shape `(m,)`. None for $e_j$,
+            the newest gradient.
 
     Returns:
         Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`, and what
@@ -68,7 +68,7 @@ def mfac_coefficients(
     if moment is None:
         moment = jnp.eye(size, dtype=dtype)[slot]
     # The largest entry of the right-hand side becomes one.
-    unit = jnp.max(inverse * moment)
+    unit = jnp.max(inverse * jnp.abs(moment))
     unit = jnp.where(unit > 0, unit, 1)
     given = inverse, moment, unit, slot, damping, kept
     solution, kept = systems.solve(system, *given)

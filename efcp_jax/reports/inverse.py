@@ -158,10 +158,10 @@ def _product(space: Any, tree: Any, state: Any, damping: Any, rows: Any) -> Any:
     window, dtype = state.window, space.layout.dtype
     damping = jnp.asarray(damping, dtype)
     shift = damping * jnp.maximum(jnp.asarray(rows, dtype), 1)
-    each = space.each_gram(lambda gram: ridge(gram, window.scale, shift))
-    systems = jax.tree.map(each, state.gram)
-    over = lambda function, *grams: jax.tree.map(
-        lambda _, *args: space.each_gram(function)(*args), state.gram, systems, *grams
+    of_each = lambda function, *trees: space.each_gram(function)(state.gram, *trees)
+    systems = of_each(lambda gram: ridge(gram, window.scale, shift))
+    over = lambda function, *grams: of_each(
+        lambda _, *args: function(*args), systems, *grams
     )
     vector = space.pack(tree)
 

@@ -29,9 +29,11 @@ def error_feedback(
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
-        error_dtype: Floating dtype in which the error is kept. None keeps it in the
-            working dtype (float32, or float64 for float64 parameters), in which no part
-            of a gradient is lost; `jnp.bfloat16` halves it and loses its rounding.
+        error_dtype: Dtype in which the error is kept. None keeps it in the working
+            dtype (float32, or float64 for float64 parameters), in which no part of a
+            gradient is lost; `jnp.bfloat16` halves it and loses its rounding;
+            `jnp.int8` keeps a byte an entry and a power of two a block, rounded at
+            random so that in the mean nothing is lost.
         skip_nonfinite: Whether a gradient with an entry that is not finite leaves the
             error as it is and emits zeros. False lets such entries through.
         sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for

@@ -69,8 +69,11 @@ def scale_by_ggt(
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
         error_feedback: Whether what the compressor drops is added to the next gradient.
             Switch it off behind `error_feedback(compressor)` in a chain.
-        error_dtype: Floating dtype in which the error is kept; None for the working
-            dtype (float32, or float64 for float64 parameters).
+        error_dtype: Dtype in which the error is kept; None for the working dtype
+            (float32, or float64 for float64 parameters). `jnp.bfloat16` halves it and
+            loses its rounding. `jnp.int8` keeps a byte an entry and a power of two a
+            block, rounded at random so that in the mean nothing is lost; one vector of
+            the working dtype is a temporary then.
         skip_nonfinite: Whether a gradient with an entry that is not finite is skipped:
             a zero update, an unchanged error and window, and `skipped` counted up.
         sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for

@@ -25,6 +25,10 @@ from efcp_jax.window import Window
 # windows of 16 and 64 rows, with a metric and without, on three kinds of models.
 _DAMPING = 0.1
 
+# Of what lies outside of the rows, in units of them over the damping. The condition
+# number is then so large that float64 would be all rounding errors too.
+_LARGEST_SHARE = 2.0**60
+
 
 def scale_by_mfac(
     window_size: int | None = None,
@@ -33,6 +37,7 @@ def scale_by_mfac(
     relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
+    precondition: str = "row",
     compressor: Compressor | None = None,
     block_diagonal: bool = False,
     metric: Metric | None = None,
@@ -65,6 +70,10 @@ def scale_by_mfac(
             moment is taken over the window. 0 takes the newest row.
         nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
             + (1 - b_1) c_t$.
+        precondition: `"row"` for $c_t$, the newest compressed gradient, which is a row
+            of $G$; `"gradient"` for the gradient $g_t$ itself: what the compressor
+            leaves out of it is divided by $\lambda$ and projected, and is in the update
+            at once, besides in the error. It needs $b_1 = 0$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
         block_diagonal: Whether every leaf has a Gram matrix of its own, a
             block-diagonal preconditioner, instead of one for all parameters. Each is
@@ -74,8 +83,11 @@ def scale_by_mfac(
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
         error_feedback: Whether what the compressor drops is added to the next gradient.
             Switch it off behind `error_feedback(compressor)` in a chain.
-        error_dtype: Floating dtype in which the error is kept; None for the working
-            dtype (float32, or float64 for float64 parameters).
+        error_dtype: Dtype in which the error is kept; None for the working dtype
+            (float32, or float64 for float64 parameters). `jnp.bfloat16` halves it and
+            loses its rounding. `jnp.int8` keeps a byte an entry and a power of two a
+            block, rounded at random so that in the mean nothing is lost; one vector of
+            the working dtype is a temporary then.
         divisor: `"window_size"` averages the Fisher matrix over $m$ rows from the
             first step on, as published; `"filled"` over the rows there are, which makes
             the first steps shorter by up to $m$ times.
@@ -118,6 +130,9 @@ def scale_by_mfac(
         the m x m matrix is singular to within rounding.
         With `block_diagonal` there are a Gram matrix and a system for each leaf,
         solved in one batch for leaves of one shape.
+        With `precondition="gradient"` there is one more pass over the window, a row at
+        a time, and there are two temporaries of the size of the model. What the error
+        feeds into $c_t$ cancels there: the rounding error grows as $|c_t| / |g_t|$.
         Accuracy: the relative error is the rounding unit times the condition number of
         $\lambda I + K / m$ scaled to unit diagonal; nearly dependent rows with tiny
         $\lambda$ are treated as dependent from about 1e6 on in float32.
@@ -137,11 +152,21 @@ def scale_by_mfac(
     )
     nesterov = _validate.boolean("nesterov", nesterov)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
+    precondition = _validate.choice("precondition", precondition, ("row", "gradient"))
+    whole = precondition == "gradient"
+    if whole and (nesterov or isinstance(b1, jax.Array) or b1 != 0):
+        raise ValueError(
+            '`precondition="gradient"` needs b1=0.0 and nesterov=False, got'
+            f" b1={b1!r} and nesterov={nesterov}: a moment over the window is made of"
+            " its rows. Put `optax.trace` behind it for momentum."
+        )
 
-    def coefficients(gram, kept, window: Window, slot, values):
+    def coefficients(gram, kept, window: Window, slot, values, seen=None):
         size = window.scale.shape[0]
         rows = window.filled.astype(gram.dtype) if divisor == "filled" else size
-        scale, damping, unit = window.scale, values["damping"], None
+        rows = jnp.maximum(rows, 1)
+        scale, unit = window.scale, None
+        damping = values["damping"].astype(gram.dtype)
         b1 = values["b1"].astype(gram.dtype)
         age = grams.ages(size, slot)
         moment = grams.moment(age, window.filled, b1, nesterov=nesterov)
@@ -149,11 +174,20 @@ def scale_by_mfac(
             scale, square = grams.in_own_unit(gram, scale, window.filled)
             damping = systems.near(damping * square / rows, kept)
             unit = jnp.sqrt(square)
+        factor = None
+        if seen is not None:
+            # The rest is in units of the newest row. Infinity times 0 would be NaN.
+            finite = lambda x: saturate(x, gram.dtype)
+            factor = finite(scale[slot] / jnp.where(damping > 0, damping, 1))
+            factor = jnp.where(damping > 0, factor, 0)
+            share = finite(finite(scale * seen) / rows * factor)
+            moment -= jnp.clip(share, -_LARGEST_SHARE, _LARGEST_SHARE)
+            factor = factor if unit is None else finite(factor * unit)
         given = gram, scale, slot, damping, rows, kept, moment
         weights, kept = mfac_coefficients(*given)
         if unit is not None:
             weights = saturate(weights * unit, weights.dtype)
-        return weights, kept
+        return (weights, kept) if factor is None else (weights, kept, factor)
 
     return preconditioned(
         ScaleByMfacState,
@@ -168,4 +202,5 @@ def scale_by_mfac(
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
+        whole=whole,
     )

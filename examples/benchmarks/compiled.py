@@ -59,8 +59,8 @@ def metric(window_size, compressor):
     )
 
 
-def mfac(window_size, compressor):
-    return efcp_jax.scale_by_mfac(window_size, 1e-4, compressor=compressor)
+def mfac(window_size, compressor, **given):
+    return efcp_jax.scale_by_mfac(window_size, 1e-4, compressor=compressor, **given)
 
 
 # By optimizer and tree. Entries kept and block size stand behind "sparse".
@@ -75,6 +75,9 @@ CASES = {
     "sparse-1/128-m1024-flat": mfac(1024, sparse(1)),
     "int8-1/128-m1024-flat": mfac(1024, sparse(1, value_dtype=jnp.int8)),
     "float8-1/128-m1024-flat": mfac(1024, sparse(1, value_dtype=jnp.float8_e4m3fn)),
+    "byte-error-2/128-m64-flat": mfac(64, sparse(2), error_dtype=jnp.int8),
+    "gradient-2/128-m64-flat": mfac(64, sparse(2), precondition="gradient"),
+    "by-leaf-2/128-m64-transformer": mfac(64, sparse(2), block_diagonal=True),
     "sparse-1/128-m64-equal": mfac(64, sparse(1)),
     "sparse-1/128-m64-transformer": mfac(64, sparse(1)),
     "sparse-41/4096-m256-flat": mfac(256, sparse(41, 4096)),

@@ -25,6 +25,7 @@ COMMANDS = {
 }
 COMPRESSED = ("sparse_mfac", "low_rank_mfac", "sparse_ggt", "low_rank_ggt")
 HALF = "value_dtype=bfloat16,error_dtype=bfloat16"
+GGT, MFAC = (f"sparse_{name}:metric=true,{HALF}" for name in ("ggt", "mfac"))
 EXPONENTS = range(1, 7)
 
 PLANS = {
@@ -48,6 +49,26 @@ PLANS = {
         "ggt",
         *(f"sparse_ggt:window_size={m},{HALF}" for m in (8, 16, 32, 64, 128)),
         *(f"low_rank_ggt:window_size={m},rank=1,{HALF}" for m in (8, 16, 32)),
+    ],
+    # With a window of one row GGT is a gradient of length one: what more rows give.
+    "window": [
+        *(f"{GGT},window_size={m}" for m in (1, 16, 64, 256)),
+        *(f"{MFAC},window_size={m}" for m in (16, 64, 256)),
+        *(f"sparse_ggt:{HALF},window_size={m}" for m in (1, 16, 64)),
+    ],
+    "compressors": [
+        *(f"{GGT},window_size=16,density={k / 128}" for k in (1, 2, 8)),
+        *(f"{GGT},window_size=16,block_size={b}" for b in (4096, 10**9)),
+        *(f"low_rank_ggt:metric=true,window_size=16,{HALF},rank={r}" for r in (1, 4)),
+    ],
+    "recipes": [
+        *("adamw_b95", "adamw_b999", "sgd", "muon"),
+        *(f"{GGT},window_size={m}" for m in (16, 64)),
+        *(f"{MFAC},window_size={m}" for m in (16, 64)),
+        *(f"{name}:window_size=64,{HALF}" for name in ("sparse_ggt", "sparse_mfac")),
+        *(f"{name}:metric=true,window_size=16" for name in ("ggt", "mfac")),
+        f"low_rank_ggt:metric=true,window_size=16,{HALF}",
+        f"{GGT},window_size=64,error_feedback=false",
     ],
     "metric": [
         *("adamw_b95", *COMPRESSED),

@@ -14,7 +14,7 @@ import pytest
 
 import efcp_jax
 from efcp_jax import by_label, identity, low_rank, top_k
-from efcp_jax.compressors import ROW_AXIS, Compressor
+from efcp_jax.compressors import ROW_AXIS, Compressor, scoped
 from efcp_jax.devices.placement import layout
 
 
@@ -324,7 +324,7 @@ FEW = {"a": identity(), "b": top_k(0.5)}
         ({1: identity()}, "a", TypeError, "must be strings, got 1 of type int"),
         ({"a": mixed()}, "a", TypeError, r"compressors\['a'\].*more labels"),
         (
-            {"a": low_rank(2, block_diagonal=True)},
+            {"a": scoped(low_rank(2), True)},
             "a",
             ValueError,
             "each leaf.*optax.partition",

@@ -29,7 +29,10 @@ def test_dot_is_that_of_the_dense_rows_and_the_transpose_of_combine(name):
     stacked = cases.gradients(M + 1)
     basis, rows = space.zeros()[2], []
     for t in range(M):
-        vector = space.pack(cases.at(stacked, t))
+        # Of different magnitudes, so that 8 bits have a different scale in every row.
+        vector = jax.tree.map(
+            lambda x, t=t: 4.0**t * x, space.pack(cases.at(stacked, t))
+        )
         row, _, basis = space.compress(vector, basis, False)
         rows.append(row)
     window = jax.tree.map(lambda *x: jnp.concatenate(x, axis=ROW_AXIS), *rows)
@@ -39,7 +42,8 @@ def test_dot_is_that_of_the_dense_rows_and_the_transpose_of_combine(name):
     grams = cases.products_by_leaf(name, products)
     for gram, part in zip(grams, cases.parts(name), strict=True):
         expected = dense[:, part] @ flat(vector)[part]
-        np.testing.assert_allclose(gram, expected, rtol=1e-5, atol=1e-5)
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(gram, expected, rtol=1e-5, atol=1e-6 * largest)
     # <G x, w> = <x, G^T w>, for weights of every Gram matrix.
     weights = jax.tree.map(lambda k: jnp.cos(jnp.arange(k.size) * 1.0), products)
     weights = jax.tree.map(lambda w, k: w.reshape(k.shape), weights, products)
@@ -52,11 +56,12 @@ def test_dot_is_that_of_the_dense_rows_and_the_transpose_of_combine(name):
     several = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), vector)
     both = jax.vmap(lambda x: space.dot(window, x))(several)
     for a, b in zip(*map(jax.tree.leaves, (both, products)), strict=True):
-        np.testing.assert_allclose(a[1], 2 * b, rtol=1e-5, atol=1e-5)
+        tolerance = 1e-6 * np.abs(b).max()
+        np.testing.assert_allclose(a[1], 2 * b, rtol=1e-5, atol=tolerance)
 
 
-def test_sparse_windows_are_read_a_row_at_a_time():
-    size, window = 4096, 64
+def test_sparse_windows_are_read_a_few_tiles_at_a_time():
+    size, window = 1 << 20, 64
     half = {"value_dtype": jnp.bfloat16}
     compressor = top_k(0.5, block_size=128, **half)
     space = compressor.bind(layout(jnp.zeros(size), jnp.float32, None))
@@ -64,4 +69,4 @@ def test_sparse_windows_are_read_a_row_at_a_time():
     rows = jax.tree.map(lambda x: jnp.concatenate([x] * window, ROW_AXIS), row)
     program = jax.jit(space.dot).lower(rows, space.zeros()[0]).compile()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(rows))
-    assert program.memory_analysis().temp_size_in_bytes < held / 2
+    assert program.memory_analysis().temp_size_in_bytes < held / 20

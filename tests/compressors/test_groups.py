@@ -62,8 +62,13 @@ def gradients(like=None, steps=STEPS):
 
 
 def make(block_diagonal=False, sharding=None, window=WINDOW, rank=RANK):
-    compressor = efcp_jax.low_rank(rank, block_diagonal=block_diagonal)
-    return efcp_jax.scale_by_mfac(window, 0.1, compressor=compressor, sharding=sharding)
+    return efcp_jax.scale_by_mfac(
+        window,
+        0.1,
+        compressor=efcp_jax.low_rank(rank),
+        block_diagonal=block_diagonal,
+        sharding=sharding,
+    )
 
 
 def run(tx, steps):

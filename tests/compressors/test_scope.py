@@ -118,8 +118,14 @@ MESH = {
 }
 
 
-@pytest.mark.parametrize("case", MESH)
-@pytest.mark.parametrize("metric", [None, efcp_jax.diagonal_metric()])
+@pytest.mark.parametrize(
+    ("case", "metric"),
+    [(case, None) for case in MESH]
+    + [
+        (case, efcp_jax.diagonal_metric())
+        for case in ("everything", "blocks of copies")
+    ],
+)
 def test_steps_on_a_mesh_are_those_on_one_device(case, metric):
     compressor, spec = MESH[case]
     given = {"metric": metric, "compressor": compressor}
@@ -156,8 +162,10 @@ def test_products_with_the_inverse_are_those_of_each_leaf_in_float64():
         np.testing.assert_allclose(np.ravel(product), exact, rtol=1e-4, atol=1e-4)
 
 
-@every_compressor
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, ("mfac", "ggt")[i % 2]) for i, kind in enumerate(COMPRESSORS)],
+)
 def test_training_goes_on_from_a_checkpoint_bit_by_bit(name, kind):
     compressor, steps = COMPRESSORS[kind], gradients(2 * WINDOW)
     tx = SCALES[name](block_diagonal=True, compressor=compressor)

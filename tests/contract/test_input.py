@@ -41,22 +41,21 @@ FUNCTIONS = {
     **ALIASES,
 }
 
-SCOPED = (*SCALES, "mfac", "ggt", "low_rank_mfac", "low_rank_ggt")
-
 # Argument, functions that take it, values that must be refused.
 REFUSED = [
     ("window_size", (*SCALES, *ALIASES), [0, -1, 1.5, "8", True, X]),
     ("density", ("top_k", "sparse_mfac", "sparse_ggt"), [0, -0.1, 1.1, NAN, "1", X]),
     ("block_size", ("top_k", "sparse_mfac", "sparse_ggt"), [0, -4, 2.0, "4", X]),
     ("rank", ("low_rank", "low_rank_mfac", "low_rank_ggt"), [0, -1, 1.5, "2", X]),
-    ("block_diagonal", ("low_rank", *SCOPED), [1, "yes", X]),
+    ("block_diagonal", ("low_rank", *SCALES, *ALIASES), [1, "yes", X]),
     ("value_dtype", DTYPED, ["nonsense", jnp.int32, jnp.complex64]),
-    ("error_dtype", SKIPPING, ["nonsense", jnp.int8, jnp.complex64]),
+    ("error_dtype", SKIPPING, ["nonsense", jnp.int16, jnp.complex64]),
     ("skip_nonfinite", SKIPPING, [1, "no", None, X]),
     ("error_feedback", (*SCALES, *ALIASES), [1, "no", None, X]),
     ("compressor", ("error_feedback", *SCALES), ["top_k", 0.1, efcp_jax.top_k, X]),
     ("damping", MFAC, [0.0, -1e-3, NAN, math.inf, "1", 1j, X, np.complex64(1)]),
     ("divisor", MFAC, ["m", None, 3, X]),
+    ("precondition", ("scale_by_mfac",), ["rows", None, True, X]),
     ("eps", GGT, [-1e-3, NAN, math.inf, "1", 1j, X]),
     ("b1", (*GGT, *MFAC), [-0.1, 1.0, NAN, "1", X]),
     ("b2", GGT, [0.0, 1.1, NAN, "1", X]),

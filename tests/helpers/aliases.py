@@ -27,13 +27,16 @@ STRUCTURE = {
 }
 
 
-# Two of them in a metric, and two with values of 8 bits. These are of GGT: one of
-# Optax's suites allows 40 steps, which sparse M-FAC just keeps to in float32.
+# Two of them in a metric, two with values of 8 bits, one with such an error. These are
+# of GGT: one of Optax's suites allows 40 steps, which sparse M-FAC just keeps to in
+# float32.
 VARIANTS = {
-    "sparse_ggt-metric": {"metric": efcp_jax.diagonal_metric()},
+    "sparse_ggt-metric": {
+        "metric": efcp_jax.diagonal_metric(),
+        "value_dtype": jnp.float8_e4m3fn,
+    },
     "low_rank_mfac-metric": {"metric": efcp_jax.diagonal_metric(factored=False)},
-    "sparse_ggt-int8": {"value_dtype": jnp.int8},
-    "sparse_ggt-f8": {"value_dtype": jnp.float8_e4m3fn},
+    "sparse_ggt-int8": {"value_dtype": jnp.int8, "error_dtype": jnp.int8},
 }
 ALL = [*STRUCTURE, *VARIANTS]
 

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 
 import efcp_jax
-from efcp_jax.compressors import ROW_AXIS, TopK
+from efcp_jax.compressors import ROW_AXIS, TopK, scoped
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.placement import layout
@@ -65,10 +65,14 @@ def sparse(name: str, given: dict[str, Any]) -> TopK:
     return Words(**given) if "words" in name else efcp_jax.top_k(**given)
 
 
+def thin(block_diagonal: bool = False, **given: Any) -> Any:
+    return scoped(efcp_jax.low_rank(**given), block_diagonal)
+
+
 COMPRESSORS = {
     **{name: efcp_jax.identity(**given) for name, given in IDENTITY.items()},
     **{name: sparse(name, given) for name, given in TOP_K.items()},
-    **{name: efcp_jax.low_rank(**given) for name, given in LOW_RANK.items()},
+    **{name: thin(**given) for name, given in LOW_RANK.items()},
 }
 # One of each representation, for what does not depend on their options.
 REPRESENTATIONS = ("identity", "top_k", "top_k-blocks", "low_rank", "low_rank-per-leaf")

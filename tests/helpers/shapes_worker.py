@@ -29,6 +29,7 @@ import efcp_jax
 from efcp_jax.passes import gpu, tpu
 from efcp_jax.passes.entries import SparseRow
 from efcp_jax.passes.scaled import ScaledRow
+from efcp_jax.rounded import Rounded
 
 
 # Tiles, blocks a tile, entries a block, entries kept, rows.
@@ -69,9 +70,15 @@ def passes(module, shape, dtype):
     total = max(1, tiles * lanes * size - 3)
     combine = functools.partial(module.combine, size=size, runs=((total,),))
     yield "combine", combine, (window, weights)
-    if module is tpu and tpu.feeds(vector, jnp.dtype(dtype), lanes):
-        feed = functools.partial(tpu.feed, kept=kept, dtype=dtype)
-        yield "feed", feed, (vector, vector, struct((), jnp.bool_))
+    dot = functools.partial(module.dot, kept=kept)
+    yield "dot", dot, (window, vector)
+    units = struct((tiles * lanes, 1), jnp.bfloat16)
+    for error in (vector, Rounded(struct(vector.shape, jnp.int8), units)):
+        if module is tpu and tpu.feeds(error, jnp.dtype(dtype), lanes):
+            feed = functools.partial(tpu.feed, kept=kept, dtype=dtype)
+            step = struct((), jnp.bool_), struct((), jnp.int32)
+            name = "feed" if error is vector else "feed bytes"
+            yield name, feed, (error, vector, *step)
 
 
 def batched(function, arguments):
@@ -118,7 +125,7 @@ def main(platform):
     for i, shape in enumerate(SHAPES):
         for dtype in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn"):
             for name, function, arguments in passes(module, shape, dtype):
-                if name not in ("inner", "combine", "feed") and dtype != "float32":
+                if name in ("select", "residual") and dtype != "float32":
                     continue  # no value is stored
                 label = f"{name} {shape} {dtype}"
                 attempt(label, functools.partial(compiling, function, arguments))

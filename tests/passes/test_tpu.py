@@ -4,13 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import oracles
 import pytest
 import tile_cases
 from tile_cases import Case
 
-from efcp_jax.passes import tpu_add, tpu_inner, tpu_select
+from efcp_jax import rounded
+from efcp_jax.passes import tpu_add, tpu_feed, tpu_inner, tpu_select
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.scaled import ScaledRow
 
@@ -58,6 +60,10 @@ def test_the_largest_entries_are_selected(case, extremes):
     np.testing.assert_array_equal(values, np.take_along_axis(total, wanted, 1))
 
 
+# Whether to accept a gradient, and the number of the step.
+ACCEPTED = jnp.asarray(True), jnp.int32(0)
+
+
 def fed(error, gradient, kept, dtype):
     """Return what a pass in one must return, in NumPy."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -84,8 +90,8 @@ def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
     # What overflows becomes the largest number.
     gradient[::5, 0] = LARGEST
     error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
-    feed = compiled(tpu_select.feed, kept=case.kept, dtype=dtype)
-    values, offsets, rest = feed(error, jnp.asarray(gradient), jnp.asarray(True))
+    feed = compiled(tpu_feed.feed, kept=case.kept, dtype=dtype)
+    values, offsets, rest = feed(error, jnp.asarray(gradient), *ACCEPTED)
     wanted, places, left = fed(error, gradient, case.kept, jnp.dtype(dtype))
     np.testing.assert_array_equal(tile_cases.blocks_of(offsets), places)
     np.testing.assert_array_equal(tile_cases.blocks_of(values), wanted)
@@ -102,8 +108,8 @@ def test_feed_rounds_every_tile_by_itself(case, dtype):
         each[1] = 2e-32
     each = np.repeat(each, case.lanes)[:, None]
     error, gradient = error * each, gradient * each
-    feed = compiled(tpu_select.feed, kept=case.kept, dtype=dtype)
-    given = jnp.asarray(error), jnp.asarray(gradient), jnp.asarray(True)
+    feed = compiled(tpu_feed.feed, kept=case.kept, dtype=dtype)
+    given = jnp.asarray(error), jnp.asarray(gradient), *ACCEPTED
     values, offsets, rest = feed(*given)
     total = error + gradient
     places = tile_cases.largest(total, case.kept)
@@ -122,13 +128,38 @@ def test_feed_rounds_every_tile_by_itself(case, dtype):
     np.testing.assert_array_equal(stored.load(jnp.float32), values)
 
 
+BYTES = [case for case in CASES if case.size % 128 == 0]
+
+
+@pytest.mark.parametrize("case", BYTES, ids=str)
+def test_feed_keeps_an_error_in_bytes_as_it_is_kept_elsewhere(case):
+    kept_in, count = jnp.dtype(jnp.int8), jnp.int32(11)
+    spread = 10.0 ** np.linspace(-20, 20, case.tiles * case.lanes)[:, None]
+    start = jnp.asarray(spread * tile_cases.vector(case, 1), jnp.float32)
+    old = rounded.store(
+        start, rounded.zeros(start, P(), kept_in), *(ACCEPTED[0], jnp.int32(4))
+    )
+    gradient = jnp.asarray(spread * tile_cases.vector(case, 2), jnp.float32)
+    feed = compiled(tpu_feed.feed, kept=case.kept, dtype="bfloat16")
+    values, offsets, rest = feed(old, gradient, jnp.asarray(True), count)
+    # The same numbers from an error of float32, rounded behind the pass.
+    vector = rounded.load(old)
+    *row, left = feed(vector, gradient, jnp.asarray(True), count)
+    np.testing.assert_array_equal(values, row[0])
+    np.testing.assert_array_equal(offsets, row[1])
+    expected = rounded.store(left, old, jnp.asarray(True), count)
+    jax.tree.map(np.testing.assert_array_equal, rest, expected)
+    _, _, rest = feed(old, jnp.full_like(gradient, jnp.nan), jnp.asarray(False), count)
+    jax.tree.map(np.testing.assert_array_equal, rest, old)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_feed_leaves_the_error_alone_if_told_so(dtype):
     case = CASES[3]
     error = jnp.asarray(tile_cases.vector(case, 1), dtype)
     gradient = jnp.full(error.shape, jnp.nan)
-    feed = compiled(tpu_select.feed, kept=case.kept, dtype="bfloat16")
-    _, _, rest = feed(error, gradient, jnp.asarray(False))
+    feed = compiled(tpu_feed.feed, kept=case.kept, dtype="bfloat16")
+    _, _, rest = feed(error, gradient, jnp.asarray(False), jnp.int32(0))
     np.testing.assert_array_equal(rest, error)
 
 
@@ -208,10 +239,10 @@ def test_members_of_a_batch_are_as_if_alone(case):
     select = functools.partial(tpu_select.select, kept=case.kept, interpret=True)
     tile_cases.assert_members(select, vectors)
     feed = functools.partial(
-        tpu_select.feed, kept=case.kept, dtype="bfloat16", interpret=True
+        tpu_feed.feed, kept=case.kept, dtype="bfloat16", interpret=True
     )
     accept = jnp.asarray([True, False, True])
-    tile_cases.assert_members(feed, vectors, vectors[::-1], accept)
+    tile_cases.assert_members(feed, vectors, vectors[::-1], accept, jnp.arange(3))
     inner = functools.partial(tpu_inner.inner, interpret=True)
     tile_cases.assert_members(inner, *windows, *rows)
     add = functools.partial(tpu_add.add, size=case.size, interpret=True)

@@ -216,9 +216,14 @@ def test_small_windows_keep_nothing():
 def test_optimizers_keep_a_factor_for_every_matrix(block_diagonal):
     """Steps with what is kept are those of steps that keep nothing."""
     size, steps = systems._SMALLEST, 70
-    compressor = efcp_jax.low_rank(1, block_diagonal=block_diagonal)
     # With feedback, rows of rank 1 go apart from the last bit on, whatever is kept.
-    tx = efcp_jax.scale_by_mfac(size, 1e-2, compressor=compressor, error_feedback=False)
+    tx = efcp_jax.scale_by_mfac(
+        size,
+        1e-2,
+        compressor=efcp_jax.low_rank(1),
+        block_diagonal=block_diagonal,
+        error_feedback=False,
+    )
     params = {"a": jnp.zeros((6, 4)), "b": jnp.zeros(5)}
     rng = np.random.default_rng(8)
     stacked = jax.tree.map(

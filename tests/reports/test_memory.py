@@ -116,8 +116,8 @@ def test_any_optimizer_has_a_report():
 
 
 def test_a_block_diagonal_gram_is_counted_once_a_leaf():
-    compressor = efcp_jax.low_rank(2, block_diagonal=True)
-    tx = efcp_jax.scale_by_mfac(M, compressor=compressor)
+    given = {"compressor": efcp_jax.low_rank(2), "block_diagonal": True}
+    tx = efcp_jax.scale_by_mfac(M, **given)
     assert efcp_jax.memory_report(tx, cases.params()).fields["gram"] == 4 * M * M * 4
 
 

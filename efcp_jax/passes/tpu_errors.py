@@ -1,0 +1,111 @@
+"""Errors as kernels for TPUs read and write them: floats, or 8 bits and their units."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from efcp_jax.passes import tpu_tiles as layout
+from efcp_jax.passes.tpu_round import exponent_of, power
+from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.rounded import Rounded, exponents, hashed
+
+
+# The largest exponent whose negative is that of a normal number.
+_HIGHEST = 126
+
+
+class Place(NamedTuple):
+    """Which tile is written, and how.
+
+    Attributes:
+        tile: Its number among those that the program holds.
+        number: Its number among all.
+        size: Entries a block.
+        count: The number of the step.
+        accepted: Whether the error may change.
+    """
+
+    tile: Any
+    number: Any
+    size: int
+    count: Any
+    accepted: Any
+
+
+class Floats:
+    """An error of float32 or bfloat16."""
+
+    arrays = 1
+
+    def operands(self, error: jax.Array, group: int, size: int) -> Any:
+        """Return the arrays that a kernel takes, and what of them a program does."""
+        return [layout.turn(error, size)], [layout.vector_spec(group, size)]
+
+    def read(self, refs: Any, t: Any, size: int) -> jax.Array:
+        """Return tile `t`, `(size, 128)`, float32."""
+        return layout.read(refs[0], t, size).astype(jnp.float32)
+
+    def write(self, before: Any, after: Any, left: jax.Array, place: Place) -> None:
+        """Write what is left of a tile."""
+        del before
+        dtype = after[0].dtype
+        largest = min(float(jnp.finfo(kind).max) for kind in (dtype, jnp.float32))
+        left = jnp.clip(left, -largest, largest).astype(dtype)
+        layout.write(after[0], place.tile, place.size, left)
+
+    def result(self, arrays: list[jax.Array], size: int) -> jax.Array:
+        """Return the error from the arrays that a kernel has made."""
+        return layout.turn(arrays[0], size)
+
+
+class Bytes:
+    """An error of 8 bits, a unit for each block; the numbers are those of `rounded`."""
+
+    arrays = 2
+
+    def operands(self, error: Rounded, group: int, size: int) -> Any:
+        """Return the arrays that a kernel takes, and what of them a program does."""
+        units = error.units.astype(jnp.float32).reshape(-1, 1, LANES)
+        line = pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))
+        vector = layout.vector_spec(group, size)
+        return [layout.turn(error.values, size), units], [vector, line]
+
+    def read(self, refs: Any, t: Any, size: int) -> jax.Array:
+        """Return tile `t`, `(size, 128)`, float32."""
+        return self._whole(refs[0], t, size) * refs[1][t]
+
+    def _whole(self, values: Any, t: Any, size: int) -> jax.Array:
+        span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+        return values[span, :].astype(jnp.float32).T
+
+    def write(self, before: Any, after: Any, left: jax.Array, place: Place) -> None:
+        """Write what is left of a tile, rounded at random."""
+        t, size = place.tile, place.size
+        peak = jnp.max(jnp.abs(left), axis=0, keepdims=True)
+        above = exponent_of(peak) + 1
+        share = peak * power(-jnp.minimum(above, _HIGHEST))
+        exponent = exponents(peak, share, above)
+        scaled = left * power(-exponent)
+        block = place.number * LANES + lax.broadcasted_iota(jnp.int32, left.shape, 1)
+        at = block * size + lax.broadcasted_iota(jnp.int32, left.shape, 0)
+        whole = jnp.floor(scaled)
+        up = hashed(at, place.count) < scaled - whole
+        whole = jnp.clip(whole + jnp.where(up, 1.0, 0.0), -127.0, 127.0)
+        whole = jnp.where(place.accepted, whole, self._whole(before[0], t, size))
+        span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+        after[0][span, :] = whole.T.astype(jnp.int32).astype(jnp.int8)
+        after[1][t] = jnp.where(place.accepted, power(exponent), before[1][t])
+
+    def result(self, arrays: list[jax.Array], size: int) -> Rounded:
+        """Return the error from the arrays that a kernel has made."""
+        values, units = arrays
+        units = units.reshape(-1, 1).astype(jnp.bfloat16)
+        return Rounded(layout.turn(values, size), units)
+
+
+def form(error: Any) -> Floats | Bytes:
+    """Return the form of `error`."""
+    return Bytes() if isinstance(error, Rounded) else Floats()

@@ -1,0 +1,210 @@
+r"""Errors of 8 bits: a power of two for every group, and rounding that drifts nowhere.
+
+$e \approx u\, q$ with whole numbers $q$ of at most 127 and the least unit $u$ that lets
+them be so. $q = \lfloor e / u + \xi \rfloor$ with $\xi$ uniform in [0, 1), so that the
+mean is $e / u$: rounding to the nearest would lose whatever is below half a unit, step
+after step. $\xi$ is a hash of the step and the place, so runs repeat bit for bit, and
+nothing is kept.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from efcp_jax.numerics import cast
+
+
+# Numbers along the last axis that share a unit: the blocks of sparse rows, if they are
+# no longer than this, else about as many at a time as take no memory to speak of.
+_LONGEST = 256
+_GROUP = 128
+_SHORTEST = 32
+
+# The largest whole number, and the exponents of a unit: it and its inverse are normal.
+_MOST = 127
+_EXPONENTS = (-126, 126)
+
+DTYPE = jnp.dtype(jnp.int8)
+
+# Arrays of JAX in a step, of NumPy on the host.
+_Array: TypeAlias = Any
+
+
+class Rounded(NamedTuple):
+    """An array of a vector, in 8 bits.
+
+    Attributes:
+        values: Whole numbers, int8, in the shape of the array.
+        units: What they are multiplied by, powers of two, bfloat16: one for each group
+            along the last axis.
+    """
+
+    values: _Array
+    units: _Array
+
+
+def zeros(vector: Any, specs: Any, dtype: np.dtype | None) -> Any:
+    """Return an error of zeros.
+
+    Args:
+        vector: The zero vector.
+        specs: How its arrays are divided among devices.
+        dtype: The dtype that it is kept in; None for that of `vector`.
+    """
+
+    def one(x: jax.Array, spec: Any) -> Any:
+        if dtype != DTYPE:
+            return x.astype(dtype or x.dtype)
+        divided = len(spec) == x.ndim and spec[-1] is not None
+        count = _count(x.shape[-1], divided)
+        units = jnp.zeros((*x.shape[:-1], count), jnp.bfloat16)
+        return Rounded(x.astype(DTYPE), units)
+
+    return jax.tree.map(one, vector, specs)
+
+
+def specs(vector: Any, dtype: np.dtype | None) -> Any:
+    """Return how an error is divided among devices, from how a vector is."""
+    each = (lambda spec: Rounded(spec, spec)) if dtype == DTYPE else lambda spec: spec
+    return jax.tree.map(each, vector, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _count(size: int, divided: bool) -> int:
+    """Return into how many groups an axis of `size` is cut.
+
+    Where it is `divided` among devices, all groups are of one size, so that those of
+    all devices are those of the whole axis.
+    """
+    if size <= _LONGEST:
+        return 1
+    if not divided:
+        return -(-size // _GROUP)
+    counts = range(-(-size // _LONGEST), size // _SHORTEST + 1)
+    return next((n for n in counts if size % n == 0), 1)
+
+
+def load(error: Any, dtype: Any = None) -> Any:
+    """Return an error as a vector.
+
+    Args:
+        error: As it is kept.
+        dtype: That of the vector. None leaves it, and makes float32 of 8 bits.
+    """
+
+    def one(x: Any) -> _Array:
+        if not isinstance(x, Rounded):
+            return x.astype(dtype or x.dtype)
+        units = x.units.astype(dtype or np.float32)
+        return x.values.astype(units.dtype) * _spread(units, x.values)
+
+    return jax.tree.map(one, error, is_leaf=lambda x: isinstance(x, Rounded))
+
+
+def store(vector: Any, like: Any, accept: jax.Array, count: jax.Array) -> Any:
+    """Return what is left as the error `like` is kept.
+
+    Args:
+        vector: In the working dtype. Of 8 bits it is so in the mean over `count`, and
+            exactly if `load` has returned it.
+        like: The error of the step before.
+        accept: Whether anything has been added or taken away. Else the numbers are
+            those of `like`, and no bit of it is changed.
+        count: The number of the step.
+    """
+
+    def one(x: jax.Array, old: Any) -> Any:
+        if not isinstance(old, Rounded):
+            # An infinity in the error would make every later step non-finite.
+            return cast(x, old.dtype)
+        unit = _units(x, old.units.shape[-1], jnp)
+        scaled = x * _spread(1 / unit, x)
+        whole = jnp.floor(scaled)
+        whole += uniform(x.shape, count) < (scaled - whole)
+        values = jnp.clip(whole, -_MOST, _MOST).astype(DTYPE)
+        new = Rounded(values, unit.astype(jnp.bfloat16))
+        return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
+    return jax.tree.map(one, vector, like)
+
+
+def store_on_host(vector: Any, like: Any) -> Any:
+    """Return a vector as `like` is kept, rounded to the nearest, in arrays of NumPy."""
+
+    def one(x: np.ndarray, old: Any) -> Any:
+        if not isinstance(old, Rounded):
+            return x
+        unit = _units(x, old.units.shape[-1], np)
+        whole = np.clip(np.rint(x / _spread(unit, x)), -_MOST, _MOST)
+        return Rounded(whole.astype(DTYPE), unit.astype(jnp.bfloat16))
+
+    return jax.tree.map(one, vector, like)
+
+
+def uniform(shape: tuple[int, ...], count: jax.Array) -> jax.Array:
+    """Return numbers in [0, 1) that depend on their place and on `count` only."""
+    place, stride = jnp.zeros(shape, jnp.int32), 1
+    for axis in reversed(range(len(shape))):
+        along = lax.broadcasted_iota(jnp.int32, shape, axis)
+        place += along * _wrapped(stride)
+        stride *= shape[axis]
+    return hashed(place, count)
+
+
+def hashed(place: jax.Array, count: jax.Array) -> jax.Array:
+    """Return a number in [0, 1) for each place, of all 32 bits of which it depends.
+
+    References:
+        Appleby, MurmurHash3, whose last step this is
+    """
+    above = lax.shift_right_logical
+    x = place + count * _wrapped(0x9E3779B9)
+    x = (x ^ above(x, jnp.full_like(x, 16))) * _wrapped(0x85EBCA6B)
+    x = (x ^ above(x, jnp.full_like(x, 13))) * _wrapped(0xC2B2AE35)
+    x = x ^ above(x, jnp.full_like(x, 16))
+    # As many bits as a float32 holds without rounding up to one.
+    return above(x, jnp.full_like(x, 8)).astype(jnp.float32) * 2.0**-24
+
+
+def _wrapped(number: int) -> np.int32:
+    """Return `number` modulo 2^32, as kernels multiply: of either sign."""
+    return np.uint32(number % 2**32).view(np.int32)
+
+
+def _units(x: _Array, count: int, xp: Any) -> _Array:
+    """Return the unit of each of `count` groups along the last axis; 1 for zeros."""
+    group = -(-x.shape[-1] // count)
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, count * group - x.shape[-1])]
+    magnitudes = xp.pad(xp.abs(x), pad).reshape(*x.shape[:-1], count, group)
+    peak = xp.max(magnitudes, axis=-1, initial=0)
+    share, exponent = xp.frexp(peak)
+    return xp.ldexp(xp.ones_like(peak), exponents(peak, share, exponent, xp))
+
+
+def exponents(peak: _Array, share: _Array, exponent: _Array, xp: Any = jnp) -> _Array:
+    """Return the exponents of units, from the largest magnitudes of groups.
+
+    They are of the least powers of two that are at least the peak over 127: of whole
+    numbers up to 127 what they were multiplied by, or half of that; 0 for zeros.
+
+    Args:
+        peak: The largest magnitudes.
+        share: Them in [1 / 2, 1), times 2 to the power of the next.
+        exponent: Whole numbers.
+        xp: The module to compute with.
+    """
+    exponent = exponent - 7 + xp.where(share > _MOST / 128, 1, 0)
+    return xp.where(peak > 0, xp.clip(exponent, *_EXPONENTS), 0)
+
+
+def _spread(units: _Array, x: _Array) -> _Array:
+    """Return the unit of each number of `x`."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    count = units.shape[-1]
+    if count == 1:
+        return units
+    group = -(-x.shape[-1] // count)
+    return xp.repeat(units, group, axis=-1)[..., : x.shape[-1]]
