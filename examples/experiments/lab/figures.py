@@ -12,7 +12,7 @@ from lab.summary import Line, Table
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt, ticker
 
 
 DPI = 80
@@ -20,6 +20,7 @@ PALETTE = 160  # colours of a file
 MOST = 12  # lines that can be told apart, those of lowest loss
 COLORS = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
 STYLES = ("-", "--", ":", "-.")
+_DTYPES = {None: "float32", "bfloat16": "bf16"}
 LOG = 8  # ratio of losses from which their axis is logarithmic
 
 
@@ -62,6 +63,7 @@ def memory(table: Table):
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
         axis.set(xscale="log", xlabel="bytes of state a parameter", ylabel=name)
         axis.grid(alpha=0.3)
+        _plain(axis)
     _loss_axis(axes[0])
     return _legend_below(figure, axes[0])
 
@@ -81,12 +83,14 @@ def feedback(table: Table):
     names = [_name(with_feedback.spec) for with_feedback, _ in pairs]
     for offset, label in ((-0.2, "error feedback"), (0.2, "none")):
         lines = [pair[offset > 0] for pair in pairs]
-        y = np.arange(len(pairs)) + offset
-        means = [line.values("loss").mean() for line in lines]
-        axis.barh(y, means, height=0.35, label=label, alpha=0.7)
-        for at, line in zip(y, lines, strict=True):
-            axis.plot(line.values("loss"), np.full(len(line.runs), at), "k.", ms=4)
-    axis.set(yticks=range(len(pairs)), yticklabels=names, xlabel="loss")
+        x = np.concatenate([line.values("loss") for line in lines])
+        y = np.repeat(np.arange(len(pairs)), [len(line.runs) for line in lines])
+        color = COLORS[offset > 0]
+        axis.plot(x, y + offset, "o", color=color, ms=4, alpha=0.6, label=label)
+        for at, line in enumerate(lines):
+            axis.plot(line.values("loss").mean(), at + offset, "|", color=color, ms=14)
+    axis.set(yticks=range(len(pairs)), yticklabels=names, xlabel="loss of every seed")
+    axis.grid(alpha=0.3)
     axis.invert_yaxis()
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -127,9 +131,13 @@ def sensitivity(table: Table):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.set_xscale("log")
+        else:
+            axis.remove()
+    if axes[0].lines:
+        _plain(axes[0])
     if axes[1].lines:
         axes[1].legend(fontsize=7)
-    _loss_axis(axes[0])
+    _loss_axis(axes[0] if axes[0].lines else axes[1])
     return _legend_below(figure, axes[0])
 
 
@@ -160,11 +168,28 @@ def _lowest(table):
 
 def _name(spec):
     """Return a specification as a legend has room for it."""
-    short = {'"': "", "bfloat16": "bf16", "error_feedback": "feedback"}
-    text = str(spec)
-    for old, new in short.items():
-        text = text.replace(old, new)
-    return text
+    settings = dict(spec.settings)
+    words = ["metric"] if settings.pop("metric", None) is True else []
+    if "window_size" in settings:
+        words.append(f"m={settings.pop('window_size')}")
+    dtypes = [settings.pop(f"{of}_dtype", None) for of in ("value", "error")]
+    if any(dtypes):
+        words.append("/".join(_DTYPES.get(each) or str(each) for each in dtypes))
+    if settings.pop("error_feedback", None) is False:
+        words.append("no feedback")
+    words += [f"{key}={value}" for key, value in settings.items()]
+    return ", ".join([spec.name, *words])
+
+
+def _plain(axis):
+    """Label a logarithmic axis of less than two decades by numbers in full."""
+    low, high = axis.get_xlim()
+    if high / low < 100:
+        ticks = [n * 10**e for e in range(-9, 10) for n in (1, 2, 3, 5)]
+        axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.set_xlim(low, high)
 
 
 def _band(axis, x, lines, style, label):
