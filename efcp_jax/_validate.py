@@ -81,7 +81,11 @@ def floating_dtype(name: str, value: Any) -> np.dtype | None:
 
 
 def stored_dtype(
-    name: str, value: Any, narrow: tuple[str, ...], fits: bool, remedy: str
+    name: str,
+    value: Any,
+    narrow: tuple[str, ...],
+    fits: bool = True,
+    remedy: str = "",
 ) -> np.dtype | None:
     """Return `value` as a dtype, or raise if entries cannot be stored in it.
 
@@ -108,8 +112,7 @@ def stored_dtype(
 
 def error_dtype(value: Any) -> np.dtype | None:
     """Return `value` as a dtype, or raise if no error can be kept in it."""
-    remedy = ""  # every error can be rounded
-    return stored_dtype("error_dtype", value, ("int8",), True, remedy)
+    return stored_dtype("error_dtype", value, ("int8",))
 
 
 def _dtype(name: str, value: Any) -> np.dtype:

@@ -69,7 +69,9 @@ def zeros(vector: Any, specs: Any, dtype: np.dtype | None) -> Any:
 
 def specs(vector: Any, dtype: np.dtype | None) -> Any:
     """Return how an error is divided among devices, from how a vector is."""
-    each = (lambda spec: Rounded(spec, spec)) if dtype == DTYPE else lambda spec: spec
+    if dtype != DTYPE:
+        return vector
+    each = lambda spec: Rounded(spec, spec)
     return jax.tree.map(each, vector, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
@@ -122,9 +124,7 @@ def store(vector: Any, like: Any, accept: jax.Array, count: jax.Array) -> Any:
             return cast(x, old.dtype)
         unit = _units(x, old.units.shape[-1], jnp)
         scaled = x * _spread(1 / unit, x)
-        whole = jnp.floor(scaled)
-        whole += uniform(x.shape, count) < (scaled - whole)
-        values = jnp.clip(whole, -_MOST, _MOST).astype(DTYPE)
+        values = at_random(scaled, uniform(x.shape, count)).astype(DTYPE)
         new = Rounded(values, unit.astype(jnp.bfloat16))
         return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
@@ -142,6 +142,13 @@ def store_on_host(vector: Any, like: Any) -> Any:
         return Rounded(whole.astype(DTYPE), unit.astype(jnp.bfloat16))
 
     return jax.tree.map(one, vector, like)
+
+
+def at_random(scaled: jax.Array, chance: jax.Array) -> jax.Array:
+    """Return numbers rounded up where `chance`, in [0, 1), is below what is left."""
+    whole = jnp.floor(scaled)
+    whole += jnp.where(chance < scaled - whole, 1.0, 0.0)
+    return jnp.clip(whole, -_MOST, _MOST)
 
 
 def uniform(shape: tuple[int, ...], count: jax.Array) -> jax.Array:

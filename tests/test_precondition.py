@@ -1,7 +1,6 @@
 """The gradient itself preconditioned by the compressed window, against float64."""
 
 import functools
-import itertools
 
 import cases
 import jax
@@ -16,16 +15,14 @@ import efcp_jax
 
 
 M, STEPS = cases.WINDOW, 8
-MIXED = efcp_jax.by_label(
-    {"a": efcp_jax.identity(), "b": efcp_jax.low_rank(2), "c": efcp_jax.top_k(0.34)},
-    {"bias": "a", "gain": "a", "kernel": "b", "weight": "c"},
-)
 # Of those that differ in their options only, one.
 KINDS = (
     *("identity-bf16", "top_k", "top_k-blocks", "top_k-blocks-int8"),
     *("top_k-words-bf16", "low_rank", "low_rank-per-leaf"),
 )
-COMPRESSORS = {name: cases.COMPRESSORS[name] for name in KINDS} | {"by_label": MIXED}
+COMPRESSORS = {name: cases.COMPRESSORS[name] for name in KINDS} | {
+    "by_label": cases.MIXED
+}
 BY_LEAF = ("identity-bf16", "top_k-blocks", "low_rank", "by_label")
 
 
@@ -46,13 +43,6 @@ def expected(stored, gradient, damping, relative, filled):
     fisher = stored.T @ stored / M
     product = np.linalg.solve(fisher + damping * np.eye(len(gradient)), gradient)
     return product * np.sqrt(square) if relative else product
-
-
-def parts(name, block_diagonal):
-    ends = np.cumsum([0, *(int(np.prod(cases.SHAPES[k])) for k in cases.SHAPES)])
-    if block_diagonal or name == "low_rank-per-leaf":
-        return [slice(*pair) for pair in itertools.pairwise(ends)]
-    return [slice(None)]
 
 
 def check(name, factor=1.0, *, relative=False, block_diagonal=False, **given):
@@ -76,7 +66,7 @@ def check(name, factor=1.0, *, relative=False, block_diagonal=False, **given):
         vector = oracles.flat(jax.tree.leaves(gradient))
         stored, filled = rows(space, state), min(t + 1, M)
         exact = np.zeros_like(vector)
-        for part in parts(name, block_diagonal):
+        for part in cases.parts("low_rank-per-leaf" if block_diagonal else name):
             block = stored[:, part], vector[part]
             exact[part] = expected(*block, 0.3, relative, filled)
         assert oracles.relative_error(found, exact) <= 2e-6

@@ -37,8 +37,6 @@ def moved(state: Any, mover: Any, like: Any) -> Any:
         return rounded.store_on_host(vector, like.error)
 
     ways = {"error": error, "basis": mover.basis}
-    if hasattr(state, "window"):
-        ways |= {"gram": mover.grams, "factor": mover.grams}
     fields = {
         name: None if getattr(state, name) is None else move(getattr(state, name))
         for name, move in ways.items()

@@ -12,10 +12,16 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.passes import gpu_add, reference
-from efcp_jax.passes.bisection import largest
+from efcp_jax.passes import gpu_add, matching, reference
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
-from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched, spread
+from efcp_jax.passes.matching import (
+    MOST_MATCHES,
+    by_row,
+    matched,
+    residual as residual,
+    select as select,
+    spread,
+)
 from efcp_jax.passes.places import chunk_products, place, shape
 from efcp_jax.passes.runs import sweep
 
@@ -24,27 +30,12 @@ from efcp_jax.passes.runs import sweep
 _INNER = 1 << 24
 
 
-def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
-    """Return the entries of largest magnitude of every block; see `tiles`."""
-    few = kept <= MOST_MATCHES
-    offsets = argmax_rounds(vector, kept) if few else largest(vector, kept)
-    values = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
-    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
-
-
-def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Return `vector` less the `values` at their places."""
-    return vector - spread(SparseRow(values, offsets), vector.shape[1])
-
-
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     kept = row.values.shape[1]
-    if kept <= MOST_MATCHES:
-        products = matched(window, row)
-    else:
+    if kept > MOST_MATCHES:
         return dot(window, spread(row, size), kept=kept)
-    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
+    return by_row(matched(window, row), kept)
 
 
 def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
@@ -52,8 +43,7 @@ def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
     lanes = window.values.shape[2]
     offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
     taken = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
-    products = window.load(vector.dtype) * reference.to_tiles(taken, lanes)
-    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
+    return by_row(window.load(vector.dtype) * reference.to_tiles(taken, lanes), kept)
 
 
 def combine(
@@ -71,8 +61,7 @@ def combine(
         count = window.values.shape[0] * window.values.shape[2] * size
         blocks = gpu_add.add(*stored, size, count).reshape(-1, size)
         return reference.cut(blocks, runs)
-    weighted = window.load(weights.dtype) * reference.per_entry(window, weights)
-    return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
+    return matching.combine(window, weights, size=size, runs=runs)
 
 
 def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:

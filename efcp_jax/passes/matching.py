@@ -4,12 +4,15 @@ Comparisons and sums of whole arrays, which every compiler fuses into one pass w
 a temporary, and without a gather or a scatter.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.passes import reference
+from efcp_jax.passes.bisection import largest
 from efcp_jax.passes.entries import SparseRow, Tiled
-from efcp_jax.passes.reference import magnitudes
 
 
 # Entries a block of a row up to which comparing every entry of a window with each of
@@ -27,7 +30,7 @@ def argmax_rounds(vector: jax.Array, kept: int) -> jax.Array:
     Returns:
         Array of shape `(blocks, kept)`, int32, ascending.
     """
-    left = magnitudes(vector)
+    left = reference.magnitudes(vector)
     places = jnp.arange(vector.shape[1], dtype=jnp.int32)
     found = []
     for _ in range(kept):
@@ -51,6 +54,32 @@ def spread(row: SparseRow, size: int) -> jax.Array:
     places = lax.broadcasted_iota(row.offsets.dtype, (1, 1, 1, size), 3)
     here = row.offsets[..., None] == places
     return jnp.sum(jnp.where(here, row.values[..., None], 0), axis=1).reshape(-1, size)
+
+
+def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block; see `tiles`."""
+    few = kept <= MOST_MATCHES
+    offsets = argmax_rounds(vector, kept) if few else largest(vector, kept)
+    values = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
+    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
+
+
+def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return `vector` less the `values` at their places."""
+    return vector - spread(SparseRow(values, offsets), vector.shape[1])
+
+
+def combine(
+    window: Tiled, weights: jax.Array, *, size: int, runs: Any
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    weighted = window.load(weights.dtype) * reference.per_entry(window, weights)
+    return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
+
+
+def by_row(products: jax.Array, kept: int) -> jax.Array:
+    """Return the sum of the products of each row, `(tiles, m k, lanes)` to `(m,)`."""
+    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, kept), axis=1)
 
 
 def matched(window: Tiled, row: SparseRow) -> jax.Array:

@@ -30,12 +30,7 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
 
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    dense = scatter(row, size)
-    dtype = row.values.dtype
-    at = jnp.take_along_axis(dense, from_tiles(window.offsets).astype(jnp.int32), 1)
-    products = from_tiles(window.load(dtype)) * at
-    rows = window.values.shape[1] // row.values.shape[1]
-    return jnp.sum(products.reshape(len(dense), rows, -1), axis=(0, 2))
+    return dot(window, scatter(row, size), kept=row.values.shape[1])
 
 
 def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:

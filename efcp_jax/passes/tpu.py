@@ -17,14 +17,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.passes import reference, tpu_add, tpu_inner, tpu_select
+from efcp_jax.passes import matching, reference, tpu_add, tpu_inner, tpu_select
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
-from efcp_jax.passes.matching import (
-    MOST_MATCHES,
-    argmax_rounds,
-    matched,
-    spread,
-)
 from efcp_jax.passes.places import shape
 from efcp_jax.passes.runs import part, sweep
 from efcp_jax.passes.scaled import DTYPES
@@ -44,18 +38,14 @@ def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.
         return values, lax.broadcasted_iota(jnp.int32, values.shape, 1)
     if _fits(vector, lanes):
         return tpu_select.select(vector, kept)
-    if kept > MOST_MATCHES:
-        return reference.select(vector, kept=kept, lanes=lanes)
-    offsets = argmax_rounds(vector, kept)
-    values = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
-    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
+    return matching.select(vector, kept=kept, lanes=lanes)
 
 
 def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return `vector` less the `values` at their places."""
     if _fits(vector, values.shape[2]):
         return tpu_add.add(values, offsets, -jnp.ones(1), vector.shape[1], vector)
-    return vector - spread(SparseRow(values, offsets), vector.shape[1])
+    return matching.residual(vector, values, offsets)
 
 
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
@@ -66,7 +56,7 @@ def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
         stored = window.values, window.offsets
         products = tpu_inner.inner(*stored, *row, scales=scales)
     else:
-        products = jnp.sum(matched(window, row), axis=(0, 2))
+        products = jnp.sum(matching.matched(window, row), axis=(0, 2))
     return jnp.sum(products.reshape(-1, row.values.shape[1]), axis=1)
 
 
@@ -77,8 +67,7 @@ def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
     places = lax.broadcasted_iota(window.offsets.dtype, (1, 1, size, 1), 2)
     here = window.offsets[:, :, None] == places
     taken = jnp.sum(jnp.where(here, blocks[:, None], 0), axis=2)
-    products = jnp.sum(window.load(vector.dtype) * taken, axis=(0, 2))
-    return jnp.sum(products.reshape(-1, kept), axis=1)
+    return matching.by_row(window.load(vector.dtype) * taken, kept)
 
 
 def combine(
@@ -86,8 +75,7 @@ def combine(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not _fits(weights, window.values.shape[2]):
-        weighted = window.load(weights.dtype) * reference.per_entry(window, weights)
-        return reference.cut(spread(SparseRow(weighted, window.offsets), size), runs)
+        return matching.combine(window, weights, size=size, runs=runs)
     scales = _scales(window, weights.dtype)
     stored = window.values, window.offsets
     blocks = tpu_add.add(*stored, weights, size, scales=scales)

@@ -7,10 +7,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.tpu_round import exponent_of, power
 from efcp_jax.passes.tpu_tiles import LANES
-from efcp_jax.rounded import Rounded, exponents, hashed
+from efcp_jax.rounded import Rounded, at_random, exponents, hashed
 
 
 # The largest exponent whose negative is that of a normal number.
@@ -51,9 +52,7 @@ class Floats:
     def write(self, before: Any, after: Any, left: jax.Array, place: Place) -> None:
         """Write what is left of a tile."""
         del before
-        dtype = after[0].dtype
-        largest = min(float(jnp.finfo(kind).max) for kind in (dtype, jnp.float32))
-        left = jnp.clip(left, -largest, largest).astype(dtype)
+        left = saturate(left, after[0].dtype)
         layout.write(after[0], place.tile, place.size, left)
 
     def result(self, arrays: list[jax.Array], size: int) -> jax.Array:
@@ -78,6 +77,7 @@ class Bytes:
         return self._whole(refs[0], t, size) * refs[1][t]
 
     def _whole(self, values: Any, t: Any, size: int) -> jax.Array:
+        # Not by `layout.read`: bytes are turned as floats.
         span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
         return values[span, :].astype(jnp.float32).T
 
@@ -91,9 +91,7 @@ class Bytes:
         scaled = left * power(-exponent)
         block = place.number * LANES + lax.broadcasted_iota(jnp.int32, left.shape, 1)
         at = block * size + lax.broadcasted_iota(jnp.int32, left.shape, 0)
-        whole = jnp.floor(scaled)
-        up = hashed(at, place.count) < scaled - whole
-        whole = jnp.clip(whole + jnp.where(up, 1.0, 0.0), -127.0, 127.0)
+        whole = at_random(scaled, hashed(at, place.count))
         whole = jnp.where(place.accepted, whole, self._whole(before[0], t, size))
         span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
         after[0][span, :] = whole.T.astype(jnp.int32).astype(jnp.int8)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_errors, tpu_round, tpu_select, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
@@ -47,15 +48,13 @@ def feed(
         new error.
     """
     size = gradient.shape[1]
-    largest = float(jnp.finfo(jnp.float32).max)
     dtype = jnp.dtype(dtype)
     form = tpu_errors.form(error)
 
     def rounding(tile: jax.Array) -> Callable[[jax.Array], jax.Array]:
         if dtype.itemsize == 1:
             return tpu_round.to_tile(tile, dtype)
-        within = lambda x: jnp.clip(x, -_limit(dtype), _limit(dtype))
-        return lambda x: within(x).astype(dtype).astype(jnp.float32)
+        return lambda x: saturate(x, dtype).astype(jnp.float32)
 
     def kernel(accept, count, gradient, *refs):
         before, (values, offsets), after = (
@@ -68,7 +67,7 @@ def feed(
 
         def tile(t, _):
             old = form.read(before, t, size)
-            total = jnp.clip(old + layout.read(gradient, t, size), -largest, largest)
+            total = saturate(old + layout.read(gradient, t, size), jnp.float32)
             total = jnp.where(accepted, total, old)
             taken = tpu_select.pick(total, kept, t, values, offsets, rounding(total))
             left = jnp.where(accepted, total - taken, total)
@@ -100,8 +99,3 @@ def feed(
     given = one(accept), one(count), layout.turn(gradient, size), *operands
     values, offsets, *rest = layout.launch(call, [3], interpret, *given)
     return values, offsets, form.result(rest, size)
-
-
-def _limit(dtype: jax.typing.DTypeLike) -> float:
-    """Return the largest number of `dtype` that is one of float32 too."""
-    return min(float(jnp.finfo(kind).max) for kind in (dtype, jnp.float32))

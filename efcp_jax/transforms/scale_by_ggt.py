@@ -72,8 +72,8 @@ def scale_by_ggt(
         error_dtype: Dtype in which the error is kept; None for the working dtype
             (float32, or float64 for float64 parameters). `jnp.bfloat16` halves it and
             loses its rounding. `jnp.int8` keeps a byte an entry and a power of two a
-            block, rounded at random so that in the mean nothing is lost; one vector of
-            the working dtype is a temporary then.
+            block, rounded at random so that in the mean nothing is lost; on CPUs one
+            vector of the working dtype is a temporary then.
         skip_nonfinite: Whether a gradient with an entry that is not finite is skipped:
             a zero update, an unchanged error and window, and `skipped` counted up.
         sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for
@@ -109,7 +109,7 @@ def scale_by_ggt(
         Time: one compression, two passes over the window and an eigendecomposition of
         an `(m, m)` matrix, about 10 m^3 operations.
         With `block_diagonal` there are a Gram matrix and a system for each leaf,
-        solved in one batch for leaves of one shape.
+        solved in one batch.
         Accuracy: singular values below 3e-4 of the largest are not resolved in float32.
     """
     relative = _validate.boolean("relative", relative)

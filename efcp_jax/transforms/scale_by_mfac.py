@@ -86,8 +86,8 @@ def scale_by_mfac(
         error_dtype: Dtype in which the error is kept; None for the working dtype
             (float32, or float64 for float64 parameters). `jnp.bfloat16` halves it and
             loses its rounding. `jnp.int8` keeps a byte an entry and a power of two a
-            block, rounded at random so that in the mean nothing is lost; one vector of
-            the working dtype is a temporary then.
+            block, rounded at random so that in the mean nothing is lost; on CPUs one
+            vector of the working dtype is a temporary then.
         divisor: `"window_size"` averages the Fisher matrix over $m$ rows from the
             first step on, as published; `"filled"` over the rows there are, which makes
             the first steps shorter by up to $m$ times.
@@ -129,9 +129,9 @@ def scale_by_mfac(
         when the damping has changed. On GPUs the host reads one boolean a step: whether
         the m x m matrix is singular to within rounding.
         With `block_diagonal` there are a Gram matrix and a system for each leaf,
-        solved in one batch for leaves of one shape.
-        With `precondition="gradient"` there is one more pass over the window, a row at
-        a time, and there are two temporaries of the size of the model. What the error
+        solved in one batch for windows of less than 512 rows.
+        With `precondition="gradient"` there is one more pass over the window, and there
+        are two temporaries of the size of the model or more. What the error
         feeds into $c_t$ cancels there: the rounding error grows as $|c_t| / |g_t|$.
         Accuracy: the relative error is the rounding unit times the condition number of
         $\lambda I + K / m$ scaled to unit diagonal; nearly dependent rows with tiny

@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from efcp_jax import by_label, identity, low_rank, top_k
+from efcp_jax import top_k
 from efcp_jax.compressors import ROW_AXIS
 from efcp_jax.devices.placement import layout
 
@@ -15,10 +15,7 @@ from efcp_jax.devices.placement import layout
 M = 4
 COMPRESSORS = {
     **cases.COMPRESSORS,
-    "by_label": by_label(
-        {"a": identity(), "b": low_rank(2), "c": top_k(0.34)},
-        {"bias": "a", "gain": "a", "kernel": "b", "weight": "c"},
-    ),
+    "by_label": cases.MIXED,
 }
 
 

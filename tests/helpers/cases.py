@@ -74,6 +74,10 @@ COMPRESSORS = {
     **{name: sparse(name, given) for name, given in TOP_K.items()},
     **{name: thin(**given) for name, given in LOW_RANK.items()},
 }
+MIXED = efcp_jax.by_label(
+    {"a": efcp_jax.identity(), "b": efcp_jax.low_rank(2), "c": efcp_jax.top_k(0.34)},
+    {"bias": "a", "gain": "a", "kernel": "b", "weight": "c"},
+)
 # One of each representation, for what does not depend on their options.
 REPRESENTATIONS = ("identity", "top_k", "top_k-blocks", "low_rank", "low_rank-per-leaf")
 

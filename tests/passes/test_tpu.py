@@ -136,9 +136,8 @@ def test_feed_keeps_an_error_in_bytes_as_it_is_kept_elsewhere(case):
     kept_in, count = jnp.dtype(jnp.int8), jnp.int32(11)
     spread = 10.0 ** np.linspace(-20, 20, case.tiles * case.lanes)[:, None]
     start = jnp.asarray(spread * tile_cases.vector(case, 1), jnp.float32)
-    old = rounded.store(
-        start, rounded.zeros(start, P(), kept_in), *(ACCEPTED[0], jnp.int32(4))
-    )
+    nothing = rounded.zeros(start, P(), kept_in)
+    old = rounded.store(start, nothing, ACCEPTED[0], jnp.int32(4))
     gradient = jnp.asarray(spread * tile_cases.vector(case, 2), jnp.float32)
     feed = compiled(tpu_feed.feed, kept=case.kept, dtype="bfloat16")
     values, offsets, rest = feed(old, gradient, jnp.asarray(True), count)
