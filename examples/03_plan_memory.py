@@ -17,18 +17,12 @@ params: Any = {
     "attention": jax.ShapeDtypeStruct((32, WIDTH, 4 * WIDTH), jnp.bfloat16),
     "mlp": jax.ShapeDtypeStruct((32, WIDTH, 8 * WIDTH), jnp.bfloat16),
 }
-half = {"value_dtype": jnp.bfloat16, "error_dtype": jnp.bfloat16}
+half = {"value_dtype": jnp.bfloat16, "error_dtype": jnp.bfloat16}  # as sparse rows
 metric = efcp_jax.diagonal_metric()
 optimizers = {
-    "sparse GGT in a metric, m = 16": efcp_jax.sparse_ggt(
-        1.0, 16, metric=metric, **half
-    ),
-    "sparse GGT in a metric, m = 64": efcp_jax.sparse_ggt(
-        1.0, 64, metric=metric, **half
-    ),
-    "sparse M-FAC, m = 1024, 1 of 128": efcp_jax.sparse_mfac(
-        1e-3, 1024, 1 / 128, **half
-    ),
+    "sparse GGT in a metric, m = 16": efcp_jax.sparse_ggt(1.0, 16, metric=metric),
+    "sparse GGT in a metric, m = 64": efcp_jax.sparse_ggt(1.0, 64, metric=metric),
+    "sparse M-FAC, m = 1024, 1 of 128": efcp_jax.sparse_mfac(1e-3, 1024, 1 / 128),
     "low-rank GGT, m = 16, rank 4": efcp_jax.low_rank_ggt(1.0, 16, 4, **half),
 }
 for name, tx in optimizers.items():

@@ -44,9 +44,7 @@ PARALLEL = {
 }
 OPTIMIZERS = {
     "mfac": functools.partial(efcp_jax.mfac, window_size=WINDOW),
-    "sparse_mfac": functools.partial(
-        efcp_jax.sparse_mfac, window_size=WINDOW, value_dtype=jnp.bfloat16
-    ),
+    "sparse_mfac": functools.partial(efcp_jax.sparse_mfac, window_size=WINDOW),
     "low_rank_mfac": functools.partial(efcp_jax.low_rank_mfac, window_size=WINDOW),
 }
 

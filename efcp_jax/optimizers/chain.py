@@ -1,10 +1,12 @@
 """What every optimizer puts behind its preconditioner."""
 
 import math
+import numbers
 from typing import Any
 
 import jax
 from jax.core import Tracer
+import jax.numpy as jnp
 import optax
 
 from efcp_jax import _validate
@@ -15,6 +17,23 @@ from efcp_jax import _validate
 # two of 128 train better than as many bytes in larger blocks.
 BLOCK_SIZE = 128
 DENSITY = 2 / 128
+
+# What they store values and errors in: three bytes an entry, two for each error. What
+# rounding drops, error feedback adds to the next gradient.
+STORED = jnp.bfloat16
+
+
+def stored_dtype(
+    dtype: jax.typing.DTypeLike | None, density: float | None
+) -> jax.typing.DTypeLike | None:
+    """Return the dtype of values or errors of sparse rows, the default where None.
+
+    With density 1 that is the working dtype: where nothing is dropped, nothing is
+    rounded either, and the optimizer is the dense one.
+    """
+    if dtype is not None or (isinstance(density, numbers.Real) and density == 1):
+        return dtype
+    return STORED
 
 
 def with_learning_rate(

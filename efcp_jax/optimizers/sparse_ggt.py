@@ -8,7 +8,12 @@ import optax
 
 from efcp_jax import compressors
 from efcp_jax.metrics import Metric
-from efcp_jax.optimizers.chain import BLOCK_SIZE, DENSITY, with_learning_rate
+from efcp_jax.optimizers.chain import (
+    BLOCK_SIZE,
+    DENSITY,
+    stored_dtype,
+    with_learning_rate,
+)
 from efcp_jax.transforms import scale_by_ggt
 
 
@@ -70,12 +75,12 @@ def sparse_ggt(
             multiplied by $D^{-1/2}$. None for the Euclidean metric.
         block_size: Entries a block, at least 1; None for 128. Up to 256 every platform
             is fast; at least the number of parameters makes one block of all.
-        value_dtype: Dtype of the stored values; None for the working dtype.
-            Narrower ones are `jnp.bfloat16`, `jnp.int8` and `jnp.float8_e4m3fn`; see
-            `top_k`.
+        value_dtype: Dtype of the stored values; None for bfloat16, or with density 1,
+            where nothing is dropped, for the working dtype. Narrower ones are
+            `jnp.int8` and `jnp.float8_e4m3fn`; see `top_k`.
         error_feedback: Whether what compression drops is added to the next gradient.
-        error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
-            dtype. See `scale_by_ggt`.
+        error_dtype: Dtype of the error, floating or `jnp.int8`; None for that of the
+            values' default. See `scale_by_ggt`.
         skip_nonfinite: Whether gradients with entries that are not finite are skipped.
         sharding: Where the parameters live; see `scale_by_ggt`.
 
@@ -106,8 +111,8 @@ def sparse_ggt(
         <https://arxiv.org/abs/2306.06098>`_, 2024
 
     Notes:
-        Memory: 4 bytes a parameter for the error and m density times 5 (3 with
-        bfloat16 values, 2 with 8 bits) for the window. Time: a selection, two passes
+        Memory: 2 bytes a parameter for the error and m density times 3 for the window
+        (4 and 5 with float32, 1 and 2 with 8 bits). Time: a selection, two passes
         over the window, and about 10 m^3 operations.
     """
     scale = scale_by_ggt(
@@ -120,12 +125,12 @@ def sparse_ggt(
         compressor=compressors.top_k(
             DENSITY if density is None else density,
             block_size=BLOCK_SIZE if block_size is None else block_size,
-            value_dtype=value_dtype,
+            value_dtype=stored_dtype(value_dtype, density),
         ),
         block_diagonal=block_diagonal,
         metric=metric,
         error_feedback=error_feedback,
-        error_dtype=error_dtype,
+        error_dtype=stored_dtype(error_dtype, density),
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
     )

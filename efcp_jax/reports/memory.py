@@ -65,13 +65,12 @@ def memory_report(
     Examples:
         >>> import efcp_jax, jax, jax.numpy as jnp
         >>> params = {"w": jax.ShapeDtypeStruct((4096, 1000), jnp.float32)}
-        >>> tx = efcp_jax.sparse_mfac(
-        ...     1e-3, window_size=100, value_dtype=jnp.bfloat16)
+        >>> tx = efcp_jax.sparse_mfac(1e-3, window_size=100)
         >>> report = efcp_jax.memory_report(tx, params)
         >>> print(f"{report.per_parameter:.1f} bytes a parameter")
-        8.7 bytes a parameter
+        6.7 bytes a parameter
         >>> print(f"{report.dense_window / report.total:.0f} times less")
-        46 times less
+        60 times less
     """
     if not callable(getattr(tx, "init", None)):
         raise TypeError(

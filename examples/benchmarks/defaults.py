@@ -30,10 +30,11 @@ EPS = [{"eps": eps} for eps in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)]
 WINDOWS = [{"window_size": window} for window in (16, 32)]
 SPARSE = [
     {"block_size": 1 << 20},  # one block of all parameters
-    {"value_dtype": jnp.bfloat16},
+    {"value_dtype": jnp.float32},
     {"value_dtype": jnp.int8},
     {"value_dtype": jnp.float8_e4m3fn},
-    {"error_dtype": jnp.bfloat16},
+    {"error_dtype": jnp.float32},
+    {"error_dtype": jnp.int8},
     {"error_feedback": False},
 ]
 DIVISOR = [{"divisor": "filled"}]

@@ -24,9 +24,11 @@ COMMANDS = {
     "finetune": finetune.main,
 }
 COMPRESSED = ("sparse_mfac", "low_rank_mfac", "sparse_ggt", "low_rank_ggt")
-HALF = "value_dtype=bfloat16,error_dtype=bfloat16"
-GGT, MFAC = (f"sparse_{name}:metric=true,{HALF}" for name in ("ggt", "mfac"))
-EXPONENTS = range(1, 7)
+GGT, MFAC = "sparse_ggt:metric=true", "sparse_mfac:metric=true"
+LOW_RANK = "low_rank_ggt:metric=true,window_size=16"
+HALF = "value_dtype=bfloat16,error_dtype=bfloat16"  # the default of sparse rows
+WIDE = "value_dtype=float32,error_dtype=float32"
+RELATIVE = "window_size=64,relative=true"
 
 PLANS = {
     "comparison": [
@@ -37,43 +39,62 @@ PLANS = {
         *COMPRESSED,
         *(f"{name}:error_feedback=false" for name in COMPRESSED),
     ],
+    # Six decades, in units of the window, and what a gradient's own unit does instead.
     "damping": [
-        "sparse_mfac",  # the defaults are relative to the window
-        *(f"sparse_mfac:damping=1e-{i},relative=true" for i in (0, 2, 3)),
-        *(f"sparse_mfac:damping=1e-{i}" for i in EXPONENTS),
-        "sparse_ggt",
-        *(f"sparse_ggt:eps=1e-{i}" for i in EXPONENTS),
+        *(f"{MFAC},{RELATIVE},damping=1e{i}" for i in range(1, -6, -1)),
+        *(f"{GGT},{RELATIVE},eps=1e{i}" for i in range(0, -7, -1)),
+    ],
+    "absolute": [
+        *(f"sparse_mfac:damping=1e-{i}" for i in range(1, 7)),
+        *(f"sparse_ggt:eps=1e-{i}" for i in range(1, 7)),
     ],
     "memory": [
-        "adamw_b95",
-        "ggt",
-        *(f"sparse_ggt:window_size={m},{HALF}" for m in (8, 16, 32, 64, 128)),
+        *("adamw_b95", "ggt"),
+        *(f"sparse_ggt:window_size={m}" for m in (8, 16, 32, 64, 128)),
         *(f"low_rank_ggt:window_size={m},rank=1,{HALF}" for m in (8, 16, 32)),
     ],
     # With a window of one row GGT is a gradient of length one: what more rows give.
     "window": [
-        *(f"{GGT},window_size={m}" for m in (1, 16, 64, 256)),
-        *(f"{MFAC},window_size={m}" for m in (16, 64, 256)),
-        *(f"sparse_ggt:{HALF},window_size={m}" for m in (1, 16, 64)),
+        *(f"{GGT},window_size={m}" for m in (1, 16, 64, 256, 1024)),
+        *(f"{MFAC},window_size={m}" for m in (16, 64, 256, 1024)),
+        *(f"sparse_ggt:window_size={m}" for m in (1, 16, 64)),
     ],
     "compressors": [
         *(f"{GGT},window_size=16,density={k / 128}" for k in (1, 2, 8)),
         *(f"{GGT},window_size=16,block_size={b}" for b in (4096, 10**9)),
-        *(f"low_rank_ggt:metric=true,window_size=16,{HALF},rank={r}" for r in (1, 4)),
+        *(f"{LOW_RANK},{HALF},rank={r}" for r in (1, 4, 16)),
+    ],
+    "density": [
+        f"{name},window_size=64,block_size=4096,density={share}"
+        for name in (GGT, MFAC)
+        for share in (0.1, 0.01, 0.001)
+    ],
+    "dtypes": [
+        *(f"{name},window_size=64" for name in (GGT, MFAC)),
+        *(f"{name},window_size=64,{WIDE}" for name in (GGT, MFAC)),
+        *(f"{LOW_RANK},{each}" for each in (HALF, WIDE)),
+    ],
+    "momentum": [
+        *(f"ggt:metric=true,window_size=16,b1={b}" for b in (0, 0.5, 0.9)),
+        *(f"ggt:metric=true,window_size=16,b1={b},nesterov=true" for b in (0.5, 0.9)),
+        *(f"mfac:metric=true,window_size=16,b1={b}" for b in (0.5, 0.9)),
+        *(f"{GGT},window_size=64,b1={b}" for b in (0.5, 0.9)),
+        *(f"{name},window_size=64,momentum=0.9" for name in (GGT, MFAC)),
+        "ggt:metric=true,window_size=16,momentum=0.9",
     ],
     "recipes": [
         *("adamw_b95", "adamw_b999", "sgd", "muon"),
         *(f"{GGT},window_size={m}" for m in (16, 64)),
         *(f"{MFAC},window_size={m}" for m in (16, 64)),
-        *(f"{name}:window_size=64,{HALF}" for name in ("sparse_ggt", "sparse_mfac")),
+        *(f"{name}:window_size=64" for name in ("sparse_ggt", "sparse_mfac")),
         *(f"{name}:metric=true,window_size=16" for name in ("ggt", "mfac")),
-        f"low_rank_ggt:metric=true,window_size=16,{HALF}",
+        f"{LOW_RANK},{HALF}",
         f"{GGT},window_size=64,error_feedback=false",
     ],
     "metric": [
         *("adamw_b95", *COMPRESSED),
         *(f"{name}:metric=true" for name in COMPRESSED),
-        *(f"sparse_ggt:window_size={m},metric=true,{HALF}" for m in (8, 16)),
+        *(f"{GGT},window_size={m}" for m in (8, 16)),
     ],
 }
 

@@ -22,18 +22,29 @@ SHAPES = {"bias": (24,), "gain": (), "kernel": (3, 8, 24), "other": (24, 24)}
 
 # What were the defaults of 0.1.0.
 MFAC, GGT = {"damping": 1e-2}, {"eps": 1e-4}
+WIDE = {"value_dtype": "float32", "error_dtype": "float32"}
 
 # Every representation and storage that states of 0.1.0 can hold.
 RUNS = {
     "dense": efcp_jax.mfac(0.1, WINDOW, **MFAC),
     "dense-half": efcp_jax.ggt(0.1, WINDOW, value_dtype=HALF, **GGT),
-    "one-block": efcp_jax.sparse_mfac(0.1, WINDOW, 0.02, block_size=4096, **MFAC),
+    "one-block": efcp_jax.sparse_mfac(
+        0.1, WINDOW, 0.02, block_size=4096, **WIDE, **MFAC
+    ),
     "words": efcp_jax.sparse_mfac(
         0.1, WINDOW, 0.02, block_size=512, value_dtype=HALF, error_dtype=HALF, **MFAC
     ),
-    "small-blocks": efcp_jax.sparse_ggt(0.1, WINDOW, 0.05, block_size=40, **GGT),
+    "small-blocks": efcp_jax.sparse_ggt(
+        0.1, WINDOW, 0.05, block_size=40, **WIDE, **GGT
+    ),
     "small-blocks-half": efcp_jax.sparse_mfac(
-        0.1, WINDOW, 2 / 128, block_size=128, value_dtype=HALF, **MFAC
+        0.1,
+        WINDOW,
+        2 / 128,
+        block_size=128,
+        value_dtype=HALF,
+        error_dtype="float32",
+        **MFAC,
     ),
     "low-rank": efcp_jax.low_rank_mfac(0.1, WINDOW, 2, **MFAC),
     "low-rank-half": efcp_jax.low_rank_ggt(0.1, WINDOW, 2, value_dtype=HALF, **GGT),

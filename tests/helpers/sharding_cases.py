@@ -96,15 +96,17 @@ PLACINGS = {
     ),
 }
 
+# Rounded to bfloat16, sums in another order would differ by more than in their order.
+WIDE = {"value_dtype": np.float32, "error_dtype": np.float32}
 ALIASES = {
     "mfac": functools.partial(efcp_jax.mfac, 1.0, WINDOW, 0.1),
     "sparse_mfac": functools.partial(
-        efcp_jax.sparse_mfac, 1.0, WINDOW, DENSITY, 0.1, block_size=BLOCK
+        efcp_jax.sparse_mfac, 1.0, WINDOW, DENSITY, 0.1, block_size=BLOCK, **WIDE
     ),
     "low_rank_mfac": functools.partial(efcp_jax.low_rank_mfac, 1.0, WINDOW, 2, 0.1),
     "ggt": functools.partial(efcp_jax.ggt, 1.0, WINDOW, 0.1, b1=0.5, b2=0.9),
     "sparse_ggt": functools.partial(
-        efcp_jax.sparse_ggt, 1.0, WINDOW, DENSITY, 0.1, block_size=BLOCK
+        efcp_jax.sparse_ggt, 1.0, WINDOW, DENSITY, 0.1, block_size=BLOCK, **WIDE
     ),
     "low_rank_ggt": functools.partial(efcp_jax.low_rank_ggt, 1.0, WINDOW, 2, 0.1),
 }

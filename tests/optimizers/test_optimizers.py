@@ -16,7 +16,8 @@ import efcp_jax
 
 M = 4
 STEPS = 7
-SPARSE = {"density": 0.2}
+WIDE = {"value_dtype": jnp.float32, "error_dtype": jnp.float32}
+SPARSE = {"density": 0.2, **WIDE}
 LOW_RANK = {"rank": 2}
 # The names that an optimizer adds, and the compressor that they stand for.
 OPTIMIZERS = {
@@ -200,3 +201,26 @@ def test_complex_leaves_are_pairs_of_reals(name):
     expected, _ = cases.run(tx, pairs, jnp.zeros((6, 10)))
     assert updates.dtype == jnp.complex64
     check_close(cases.vectors(updates), cases.vectors(expected), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sparse_mfac", "sparse_ggt"])
+def test_rows_and_errors_are_half_precision_where_nothing_else_is_asked_for(name):
+    half = {"value_dtype": jnp.bfloat16, "error_dtype": jnp.bfloat16}
+    make, params = getattr(efcp_jax, name), cases.params()
+    stored = lambda tx: [(x.shape, x.dtype) for x in jax.tree.leaves(tx.init(params))]
+    assert stored(make(1.0, M)) == stored(make(1.0, M, **half))
+    assert stored(make(1.0, M)) != stored(make(1.0, M, **WIDE))
+    default, explicit = (
+        updates_of(make(1.0, M, **given, **hyperparameters(name)))
+        for given in ({}, half)
+    )
+    check_close(default, explicit, 0)
+
+
+@pytest.mark.parametrize("name", ["sparse_mfac", "sparse_ggt"])
+@pytest.mark.parametrize("density", [1, np.float32(1)])
+def test_density_one_is_the_dense_optimizer(name, density):
+    given = hyperparameters(name)
+    every = getattr(efcp_jax, name)(-1.0, M, density, **given)
+    dense = getattr(efcp_jax, name.split("_")[1])(-1.0, M, **given)
+    check_close(updates_of(every), updates_of(dense), 1e-5)

@@ -103,9 +103,10 @@ def test_a_state_of_none_or_two_of_ours_is_refused(count):
 
 def test_norms_far_from_one_do_not_overflow():
     tx = efcp_jax.sparse_mfac(0.1, window_size=2, density=0.5)
-    gradient = jnp.array([4e25, 3e25, 2e25, 1e25])
+    unit = 2.0**84  # about 2e25; every dtype holds its multiples
+    gradient = unit * jnp.array([4.0, 3.0, 2.0, 1.0])
     _, state = tx.update(gradient, tx.init(gradient), gradient)
     figures = efcp_jax.diagnostics(state)
-    assert float(figures["row_norm"]) == pytest.approx(5e25, rel=1e-5)
-    assert float(figures["error_norm"]) == pytest.approx(np.sqrt(5) * 1e25, rel=1e-5)
+    assert float(figures["row_norm"]) == pytest.approx(5 * unit, rel=1e-5)
+    assert float(figures["error_norm"]) == pytest.approx(np.sqrt(5) * unit, rel=1e-5)
     assert float(figures["error_ratio"]) == pytest.approx(5 / 30, rel=1e-5)

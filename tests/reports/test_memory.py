@@ -28,33 +28,33 @@ OPTIMIZERS = {
     # Three blocks of 128 hold 350 parameters with padding; two of each are kept.
     "sparse_mfac": (
         efcp_jax.sparse_mfac(0.1, M),
-        M * 3 * 2 * (4 + 1) + 4 * 3 * 128,
+        M * 3 * 2 * (2 + 1) + 2 * 3 * 128,
     ),
     # Values and offsets of a byte, and two bytes for each row of the one tile.
     "sparse_mfac-int8": (
         efcp_jax.sparse_mfac(0.1, M, value_dtype=jnp.int8),
-        M * (3 * 2 * 2 + 2) + 4 * 3 * 128,
+        M * (3 * 2 * 2 + 2) + 2 * 3 * 128,
     ),
     # 350 parameters are one block of at most 4096; 10% of it are 35 entries.
     "sparse_mfac-4096": (
         efcp_jax.sparse_mfac(0.1, M, 0.1, block_size=4096),
-        M * 35 * (4 + 2) + 4 * D,
+        M * 35 * (2 + 2) + 2 * D,
     ),
-    "sparse_mfac-bf16": (
+    "sparse_mfac-f32": (
         efcp_jax.sparse_mfac(
             0.1,
             M,
             0.1,
             block_size=4096,
-            value_dtype=jnp.bfloat16,
-            error_dtype=jnp.bfloat16,
+            value_dtype=jnp.float32,
+            error_dtype=jnp.float32,
         ),
-        M * 35 * (2 + 2) + 2 * D,
+        M * 35 * (4 + 2) + 4 * D,
     ),
     # Five blocks of 80 hold 350 parameters with padding; 5% of one are 4 entries.
     "sparse_ggt-blocks": (
         efcp_jax.sparse_ggt(0.1, M, 0.05, block_size=80),
-        M * 5 * 4 * (4 + 1) + 4 * 5 * 80,
+        M * 5 * 4 * (2 + 1) + 2 * 5 * 80,
     ),
     # The kernel as (6 + 50) r factors, the vector as itself; a basis of 50 r.
     "low_rank_ggt": (
