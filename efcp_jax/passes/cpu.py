@@ -123,10 +123,12 @@ def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
     chunk = max(1, min(_INNER // entries, count // _FEWEST_ROUNDS))
     whole = count // chunk * chunk
     zeros = jnp.zeros((chunk, entries), row.values.dtype)
-    total = jnp.sum(sweep(whole, chunk, zeros, add), axis=0)
+    # A sum over blocks and then over entries takes three times as long as one of both.
+    of_rows = lambda x: jnp.sum(form.by_block(x), axis=(0, 2))
+    total = of_rows(sweep(whole, chunk, zeros, add))
     if whole < count:
-        total += jnp.sum(products(whole, count - whole), axis=0)
-    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+        total += of_rows(products(whole, count - whole))
+    return total
 
 
 def combine_large(
