@@ -1,5 +1,6 @@
 """Damping and eps in units of the window, the default: no scale of the loss."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +71,7 @@ def test_steps_are_those_of_the_oracle_in_units_of_the_window(tx, exact):
 def test_defaults_do_not_see_the_scale_of_the_loss(alias, metric):
     make = lambda **given: getattr(efcp_jax, alias)(1.0, M, metric=metric, **given)
     # Multiples of three digits round to other numbers of half precision.
-    wide = {"value_dtype": jnp.float32, "error_dtype": jnp.float32}
-    tx = make(**(wide if "sparse" in alias else {}))
+    tx = make(**(cases.WIDE if "sparse" in alias else {}))
     expected = run(tx, gradients())
     for factor in (1e-3, 1e3):
         found = run(tx, gradients(factor))

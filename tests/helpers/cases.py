@@ -28,6 +28,9 @@ SIZE = 44
 
 BF16, F8 = jnp.bfloat16, jnp.float8_e4m3fn
 
+# What the sparse optimizers are given where rounding to bfloat16 would be seen.
+WIDE = {"value_dtype": jnp.float32, "error_dtype": jnp.float32}
+
 IDENTITY = {
     "identity": {},
     "identity-bf16": {"value_dtype": BF16},

@@ -4,6 +4,7 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
+from cases import WIDE
 import jax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -97,7 +98,6 @@ PLACINGS = {
 }
 
 # Rounded to bfloat16, sums in another order would differ by more than in their order.
-WIDE = {"value_dtype": np.float32, "error_dtype": np.float32}
 ALIASES = {
     "mfac": functools.partial(efcp_jax.mfac, 1.0, WINDOW, 0.1),
     "sparse_mfac": functools.partial(

@@ -16,8 +16,7 @@ import efcp_jax
 
 M = 4
 STEPS = 7
-WIDE = {"value_dtype": jnp.float32, "error_dtype": jnp.float32}
-SPARSE = {"density": 0.2, **WIDE}
+SPARSE = {"density": 0.2, **cases.WIDE}
 LOW_RANK = {"rank": 2}
 # The names that an optimizer adds, and the compressor that they stand for.
 OPTIMIZERS = {
@@ -209,7 +208,7 @@ def test_rows_and_errors_are_half_precision_where_nothing_else_is_asked_for(name
     make, params = getattr(efcp_jax, name), cases.params()
     stored = lambda tx: [(x.shape, x.dtype) for x in jax.tree.leaves(tx.init(params))]
     assert stored(make(1.0, M)) == stored(make(1.0, M, **half))
-    assert stored(make(1.0, M)) != stored(make(1.0, M, **WIDE))
+    assert stored(make(1.0, M)) != stored(make(1.0, M, **cases.WIDE))
     default, explicit = (
         updates_of(make(1.0, M, **given, **hyperparameters(name)))
         for given in ({}, half)

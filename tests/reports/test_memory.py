@@ -41,14 +41,7 @@ OPTIMIZERS = {
         M * 35 * (2 + 2) + 2 * D,
     ),
     "sparse_mfac-f32": (
-        efcp_jax.sparse_mfac(
-            0.1,
-            M,
-            0.1,
-            block_size=4096,
-            value_dtype=jnp.float32,
-            error_dtype=jnp.float32,
-        ),
+        efcp_jax.sparse_mfac(0.1, M, 0.1, block_size=4096, **cases.WIDE),
         M * 35 * (4 + 2) + 4 * D,
     ),
     # Five blocks of 80 hold 350 parameters with padding; 5% of one are 4 entries.
