@@ -106,7 +106,9 @@ def load(error: Any, dtype: Any = None) -> Any:
     return jax.tree.map(one, error, is_leaf=lambda x: isinstance(x, Rounded))
 
 
-def store(vector: Any, like: Any, accept: jax.Array, count: jax.Array) -> Any:
+def store(
+    vector: Any, like: Any, accept: jax.Array, count: jax.Array, first: Any = 0
+) -> Any:
     """Return what is left as the error `like` is kept.
 
     Args:
@@ -116,6 +118,7 @@ def store(vector: Any, like: Any, accept: jax.Array, count: jax.Array) -> Any:
         accept: Whether anything has been added or taken away. Else the numbers are
             those of `like`, and no bit of it is changed.
         count: The number of the step.
+        first: Place of the first line of `vector` in the array it is a part of.
     """
 
     def one(x: jax.Array, old: Any) -> Any:
@@ -124,7 +127,7 @@ def store(vector: Any, like: Any, accept: jax.Array, count: jax.Array) -> Any:
             return cast(x, old.dtype)
         unit = _units(x, old.units.shape[-1], jnp)
         scaled = x * _spread(1 / unit, x)
-        values = at_random(scaled, uniform(x.shape, count)).astype(DTYPE)
+        values = at_random(scaled, uniform(x.shape, count, first)).astype(DTYPE)
         new = Rounded(values, unit.astype(jnp.bfloat16))
         return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
@@ -151,11 +154,15 @@ def at_random(scaled: jax.Array, chance: jax.Array) -> jax.Array:
     return jnp.clip(whole, -_MOST, _MOST)
 
 
-def uniform(shape: tuple[int, ...], count: jax.Array) -> jax.Array:
-    """Return numbers in [0, 1) that depend on their place and on `count` only."""
+def uniform(shape: tuple[int, ...], count: jax.Array, first: Any = 0) -> jax.Array:
+    """Return numbers in [0, 1) that depend on their place and on `count` only.
+
+    Lines along the first axis are counted from `first`.
+    """
     place, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in reversed(range(len(shape))):
         along = lax.broadcasted_iota(jnp.int32, shape, axis)
+        along = along if axis else along + first
         place += along * _wrapped(stride)
         stride *= shape[axis]
     return hashed(place, count)

@@ -17,6 +17,7 @@ import numpy as np
 
 from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
+from efcp_jax.devices.sections import Sections
 from efcp_jax.numerics import saturate
 
 
@@ -149,6 +150,12 @@ class Blocks:
         packed = lambda: self.pack(tree).reshape(-1)
         flat = passes.add(blocks.reshape(-1), pieces, packed, accept)
         return flat.reshape(blocks.shape)
+
+    def sections(self, tree: chex.ArrayTree) -> Sections:
+        """Return what reads this device's blocks of `tree`, laid end to end."""
+        if self.flat:
+            return Sections.of(self.layout, tree)
+        return Sections([self.pack(tree).reshape(-1)], self.layout.dtype)
 
     @property
     def runs(self) -> tuple[tuple[int, ...], ...]:

@@ -15,6 +15,7 @@ from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import saturate
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
 from efcp_jax.passes.large import LargeBlocks
+from efcp_jax.passes.platforms import fed
 from efcp_jax.passes.scale import row_scale
 from efcp_jax.passes.tiles import LANES, LARGEST, Tiles
 
@@ -80,14 +81,17 @@ class SparseSpace:
         def by_parts(error: Any, accept: jax.Array, count: jax.Array) -> Any:
             return feed(self, tree, error, basis, accept, count, scaled)[:3]
 
-        row, scale, rest = self.passes.feed(
+        row, scale, rest = fed(
+            self.passes,
             error,
             accept,
             count,
             by_parts,
             gradient=lambda: self.pack(tree),
             finish=lambda values, offsets: self._row(values, offsets, scaled),
-            dtype=self.storage.values,
+            sections=lambda: self.blocks.sections(tree),
+            storage=self.storage,
+            dtype=self.layout.dtype,
         )
         return row, scale, rest, basis
 

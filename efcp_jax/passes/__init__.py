@@ -6,6 +6,7 @@
 | `reference` | what these must compute, as plainly as it can be written |
 | `cpu`, `gpu`, `tpu` | their forms; `matching` and `runs` are what some of them share |
 | `large` | the same for blocks of more than 256 entries |
+| `cpu_feed`, `tpu_feed` | error feedback in one go where that is less work |
 | `bisection` | the largest entries of large blocks |
 | `entries` | how entries are stored |
 | `insert`, `add`, `overwrite` | writing where an array lies |

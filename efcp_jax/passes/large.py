@@ -4,7 +4,6 @@ A row is `(blocks, k)` entries, as `entries.Storage` stores them, and a window o
 `(blocks, m k)`.
 """
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -55,18 +54,6 @@ class LargeBlocks:
         """
         offsets = largest(vector, self.kept)
         return jnp.take_along_axis(vector, offsets, axis=1), offsets
-
-    def feed(
-        self,
-        error: Any,
-        accept: jax.Array,
-        count: jax.Array,
-        by_parts: Callable[..., Any],
-        **forms: Any,
-    ) -> Any:
-        """Return what `by_parts` makes of `error`: there is no other form."""
-        del forms
-        return by_parts(error, accept, count)
 
     def residual(
         self, vector: jax.Array, values: jax.Array, offsets: jax.Array

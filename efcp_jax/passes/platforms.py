@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 from jax import lax
+import numpy as np
 
-from efcp_jax.passes import cpu, gpu, reference, tpu
+from efcp_jax.passes import cpu, cpu_feed, gpu, reference, tpu
+from efcp_jax.passes.entries import Storage
 
 
 def by_platform(name: str, *arrays: Any, **static: Any) -> Any:
@@ -26,22 +28,53 @@ def by_platform(name: str, *arrays: Any, **static: Any) -> Any:
 
 
 def fed(
+    form: Any,
     error: Any,
     accept: jax.Array,
     count: jax.Array,
     by_parts: Callable[..., Any],
     *,
     gradient: Callable[[], jax.Array],
+    sections: Callable[[], Any],
     finish: Callable[[jax.Array, jax.Array], tuple[Any, jax.Array]],
-    kept: int,
-    lanes: int,
-    dtype: Any,
-) -> Any:
-    """Return what `by_parts` makes of `error`, on TPUs in one pass; see `Tiles`."""
+    storage: Storage,
+    dtype: np.dtype,
+) -> tuple[Any, jax.Array, Any]:
+    """Return the row and the scale of `error` plus a gradient, and what is left.
+
+    Args:
+        form: `Tiles` or `LargeBlocks`.
+        error: Shape `(blocks, size)`, as it is kept.
+        accept: Whether to add the gradient and to take anything away.
+        count: The number of the step, for rounding.
+        by_parts: From these three to the result, one pass over everything after the
+            other.
+        gradient: Makes the gradient, shape `(blocks, size)`, for TPUs, which do all in
+            one pass.
+        sections: Makes what reads it in parts, for CPUs, which do so where the error is
+            narrow.
+        finish: From the values of a row, rounded, and its offsets to the row as it
+            is stored, and its scale.
+        storage: How values are stored.
+        dtype: The working dtype.
+
+    Returns:
+        The row as it is stored, its scale and the new error.
+    """
 
     def at_once(error: Any, accept: jax.Array, count: jax.Array) -> Any:
-        values, offsets, rest = tpu.feed(error, gradient(), accept, count, kept, dtype)
-        return *finish(values, offsets), rest
+        step = accept, count, form.kept, storage.values
+        *row, rest = tpu.feed(error, gradient(), *step)
+        return *finish(*row), rest
 
-    forms = {"tpu": at_once} if tpu.feeds(error, dtype, lanes) else {}
+    def in_rounds(error: Any, accept: jax.Array, count: jax.Array) -> Any:
+        given = {"form": form, "sections": sections(), "storage": storage}
+        *row, rest = cpu_feed.feed(error, accept, count, **given)
+        return *finish(*row), rest
+
+    forms, blocks = {}, len(jax.tree.leaves(error)[0])
+    if tpu.feeds(error, storage.values, blocks // form.row_shape(blocks)[0]):
+        forms["tpu"] = at_once
+    if cpu_feed.feeds(form, error, storage, dtype):
+        forms["cpu"] = in_rounds
     return lax.platform_dependent(error, accept, count, default=by_parts, **forms)

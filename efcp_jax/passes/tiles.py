@@ -10,15 +10,13 @@ gathering, and where blocks are small, sums compare offsets with all places in p
 scattering: no float is added in an order that is left open.
 """
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from efcp_jax.passes.entries import SparseRow, Tiled
-from efcp_jax.passes.platforms import by_platform, fed
+from efcp_jax.passes.platforms import by_platform
 
 
 # Entries of the largest block that is stored in tiles: offsets are of 8 bits, and a
@@ -77,44 +75,6 @@ class Tiles:
             both `(tiles, kept, lanes)`.
         """
         return by_platform("select", vector, kept=self.kept, lanes=self.lanes)
-
-    def feed(
-        self,
-        error: Any,
-        accept: jax.Array,
-        count: jax.Array,
-        by_parts: Callable[..., Any],
-        *,
-        gradient: Callable[[], jax.Array],
-        finish: Callable[[jax.Array, jax.Array], tuple[Any, jax.Array]],
-        dtype: np.dtype,
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        """Return the row and the scale of `error` plus a gradient, and what is left.
-
-        Args:
-            error: Shape `(blocks, size)`, as it is kept.
-            accept: Whether to add the gradient and to take anything away.
-            count: The number of the step, for rounding.
-            by_parts: From these three to the result, in several passes.
-            gradient: Makes the gradient, shape `(blocks, size)`.
-            finish: From the values of a row, rounded, and its offsets to the row as it
-                is stored, and its scale.
-            dtype: Dtype of stored values.
-
-        Returns:
-            The row as it is stored, its scale and the new error.
-        """
-        return fed(
-            error,
-            accept,
-            count,
-            by_parts,
-            gradient=gradient,
-            finish=finish,
-            kept=self.kept,
-            lanes=self.lanes,
-            dtype=dtype,
-        )
 
     def residual(
         self, vector: jax.Array, values: jax.Array, offsets: jax.Array

@@ -30,6 +30,8 @@ class Case(NamedTuple):
     rows: int
 
 
+LARGEST = np.finfo(np.float32).max
+
 # Kernels, and the modules whose attributes they are looked up in.
 _KERNELS = [
     (tpu_select, "select"),
@@ -88,6 +90,22 @@ def largest(total, kept):
     number = np.where(np.isnan(total), 0, np.abs(total))
     order = np.lexsort((-number, ~np.isnan(total)), axis=1)
     return np.sort(order[:, :kept], axis=1)
+
+
+def fed(error, gradient, kept, dtype):
+    """Return values, offsets and the error that one pass must leave, in NumPy."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = error.astype(np.float32) + gradient
+        total = np.clip(total, -LARGEST, LARGEST)
+        offsets = largest(total, kept)
+        taken = np.take_along_axis(total, offsets, 1)
+        limit = min(float(jnp.finfo(dtype).max), LARGEST)
+        taken = np.clip(taken, -limit, limit).astype(dtype).astype(np.float32)
+        rest = total.copy()
+        before = np.take_along_axis(total, offsets, 1)
+        np.put_along_axis(rest, offsets, before - taken, 1)
+        limit = min(float(jnp.finfo(error.dtype).max), LARGEST)
+        return taken, offsets, np.clip(rest, -limit, limit).astype(error.dtype)
 
 
 def window(case, dtype, seed=0):

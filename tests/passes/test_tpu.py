@@ -35,7 +35,7 @@ CASES = [
 ]
 BATCHED = [CASES[1], CASES[8]]
 DTYPES = ["bfloat16", "float16", "float32"]
-LARGEST = np.finfo(np.float32).max
+LARGEST = tile_cases.LARGEST
 
 
 @functools.cache
@@ -64,22 +64,6 @@ def test_the_largest_entries_are_selected(case, extremes):
 ACCEPTED = jnp.asarray(True), jnp.int32(0)
 
 
-def fed(error, gradient, kept, dtype):
-    """Return what a pass in one must return, in NumPy."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = error.astype(np.float32) + gradient
-        total = np.clip(total, -LARGEST, LARGEST)
-        offsets = tile_cases.largest(total, kept)
-        taken = np.take_along_axis(total, offsets, 1)
-        limit = min(float(jnp.finfo(dtype).max), LARGEST)
-        taken = np.clip(taken, -limit, limit).astype(dtype).astype(np.float32)
-        rest = total.copy()
-        before = np.take_along_axis(total, offsets, 1)
-        np.put_along_axis(rest, offsets, before - taken, 1)
-        limit = min(float(jnp.finfo(error.dtype).max), LARGEST)
-        return taken, offsets, np.clip(rest, -limit, limit).astype(error.dtype)
-
-
 @pytest.mark.parametrize(
     ("error_dtype", "dtype"),
     [("float32", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")],
@@ -92,7 +76,7 @@ def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
     error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
     feed = compiled(tpu_feed.feed, kept=case.kept, dtype=dtype)
     values, offsets, rest = feed(error, jnp.asarray(gradient), *ACCEPTED)
-    wanted, places, left = fed(error, gradient, case.kept, jnp.dtype(dtype))
+    wanted, places, left = tile_cases.fed(error, gradient, case.kept, jnp.dtype(dtype))
     np.testing.assert_array_equal(tile_cases.blocks_of(offsets), places)
     np.testing.assert_array_equal(tile_cases.blocks_of(values), wanted)
     assert rest.dtype == error_dtype

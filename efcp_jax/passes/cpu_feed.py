@@ -1,0 +1,125 @@
+"""Error feedback of sparse rows on CPUs, some blocks after others.
+
+An error of less than 32 bits is widened, added to, selected from and rounded again a
+few blocks at a time, and written where it lies. In passes over the whole of it, it
+would be a vector of float32 in between.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from efcp_jax import rounded
+from efcp_jax.numerics import saturate
+from efcp_jax.passes.entries import Storage
+from efcp_jax.passes.runs import part
+from efcp_jax.passes.scaled import DTYPES
+
+
+# Entries of a round: XLA writes half precision several times slower in smaller parts.
+_ENTRIES = 1 << 20
+
+# A gradient of many leaves has as many branches as there are rounds.
+_MOST_ROUNDS = 64
+
+# Above this, entries cannot be counted in the 32 bits of an index.
+_LARGEST_INDEX = 2**31 - 1
+
+
+def feeds(form: Any, error: Any, storage: Storage, dtype: np.dtype) -> bool:
+    """Return whether `feed` takes this error, and is worth it."""
+    kept = jax.tree.leaves(error)[0]
+    units, chunk, _ = _rounds(form, kept.shape)
+    # Of float16 a row is rounded with its scale, which is not known yet.
+    exact = storage.values.name in ("float32", "bfloat16", *DTYPES)
+    narrow = kept.dtype.itemsize < 4 and dtype == jnp.float32
+    return exact and narrow and chunk < units and kept.size <= _LARGEST_INDEX
+
+
+def feed(
+    error: Any,
+    accept: jax.Array,
+    count: jax.Array,
+    *,
+    form: Any,
+    sections: Any,
+    storage: Storage,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Add the gradient to the error, select, and leave what is not selected.
+
+    Args:
+        error: Shape `(blocks, size)`, as it is kept.
+        accept: Whether to add the gradient and to subtract what is selected.
+        count: The number of the step, by which an error of 8 bits is rounded.
+        form: `Tiles` or `LargeBlocks`.
+        sections: The gradient, entries laid end to end.
+        storage: How values are rounded.
+
+    Returns:
+        Rounded values, float32, and offsets, int32, in the shape of a row, and the new
+        error.
+    """
+    blocks, size = jax.tree.leaves(error)[0].shape
+    units, chunk, lanes = _rounds(form, (blocks, size))
+    # The last round begins early enough to be as long as the others: another length
+    # would be another program.
+    firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
+    unit = lanes * size
+    read = sections.every([unit * first for first in firsts], unit * chunk)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        error, values, offsets = carry
+        start = jnp.minimum(i * chunk, units - chunk)
+
+        def fresh(array: jax.Array) -> jax.Array:
+            """Return for each line whether it is of this round, not of the last."""
+            each = len(array) // chunk
+            line = jnp.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
+            return line >= (i * chunk - start) * each
+
+        old = part(error, start * lanes, chunk * lanes)
+        before = rounded.load(old, jnp.float32)
+        new = fresh(before) & accept
+        gradient = jnp.where(new, read(i).reshape(-1, size), 0)
+        total = saturate(before + gradient, jnp.float32)
+        found, places = form.select(total)
+        # Rounding commutes with multiplying by a power of two, so a scale for the row
+        # can be found behind the last round.
+        found, _ = storage.load(_stored(storage, found, places), jnp.float32)
+        rest = form.residual(total, jnp.where(fresh(found) & accept, found, 0), places)
+        rest = rounded.store(rest, old, new, count, start * lanes)
+        # Computed on all cores before it is written, which is done on one.
+        rest = lax.optimization_barrier(rest)
+        write = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start * lanes, 0)
+
+        def fill(row: jax.Array, x: jax.Array) -> jax.Array:
+            held = lax.dynamic_slice_in_dim(row, start, chunk)
+            x = jnp.where(fresh(x), x, held)
+            return lax.dynamic_update_slice_in_dim(row, x, start, 0)
+
+        error = jax.tree.map(write, error, rest)
+        return error, fill(values, found), fill(offsets, places)
+
+    shape = form.row_shape(blocks)
+    row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+    error, *row = lax.fori_loop(0, len(firsts), step, (error, *row))
+    return *row, error
+
+
+def _stored(storage: Storage, values: jax.Array, offsets: jax.Array) -> Any:
+    """Return a part of a row as it is stored, within the range of its dtype."""
+    if storage.scaled:
+        return storage.store(values, offsets)
+    return storage.store(saturate(values, storage.values), offsets)
+
+
+def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return how many units of blocks there are, those of a round, and their blocks."""
+    blocks, size = shape
+    units = form.row_shape(blocks)[0]
+    lanes = blocks // units
+    chunk = max(1, _ENTRIES // (lanes * size), -(-units // _MOST_ROUNDS))
+    return units, min(chunk, units), lanes

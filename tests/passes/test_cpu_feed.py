@@ -1,0 +1,164 @@
+"""Feeding some blocks after others on CPUs: as all at once, whatever a round is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+import tile_cases
+from tile_cases import Case
+
+import efcp_jax
+from efcp_jax import rounded
+from efcp_jax.devices.sections import Sections
+from efcp_jax.passes import cpu_feed
+from efcp_jax.passes.entries import Storage
+from efcp_jax.passes.large import LargeBlocks
+from efcp_jax.passes.tiles import Tiles
+
+
+# Tiles, and blocks of more than 256 entries, which are of one lane.
+CASES = [
+    Case(7, 128, 16, 2, 1),
+    Case(5, 128, 8, 8, 1),
+    Case(3, 128, 32, 5, 1),
+    Case(11, 1, 300, 6, 1),
+    Case(8, 1, 512, 3, 1),
+]
+# Rounds of one unit, and of half of them, rounded up, so that the last begins early.
+ROUNDS = ["one", "half"]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(params=ROUNDS)
+def rounds(request, monkeypatch, case):
+    units = {"one": 1, "half": -(-case.tiles // 2)}[request.param]
+    monkeypatch.setattr(cpu_feed, "_ENTRIES", units * case.lanes * case.size)
+    return units
+
+
+def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
+    """Return values and offsets, `(blocks, kept)`, and the error."""
+    storage = Storage.of(jnp.dtype(dtype), case.size)
+    form = Tiles(case.size, case.kept, case.lanes)
+    if case.size > 256:
+        form = LargeBlocks(case.size, case.kept, storage)
+    # Leaves of every length, of half precision and none, that do not fill the blocks.
+    flat = jnp.asarray(gradient).reshape(-1)
+    ends = np.cumsum(2 ** np.arange(cuts) * len(flat) // 2**cuts)
+    leaves = [*jnp.split(flat, ends[ends < len(flat)])]
+    assert cpu_feed.feeds(form, error, storage, jnp.dtype("float32"))
+
+    def run(error, leaves, accept, count):
+        sections = Sections(leaves, jnp.dtype("float32"))
+        given = {"form": form, "sections": sections, "storage": storage}
+        return cpu_feed.feed(error, accept, count, **given)
+
+    step = jnp.asarray(accept), jnp.int32(count)
+    values, offsets, rest = jax.jit(run)(error, leaves, *step)
+    if case.size <= 256:
+        values, offsets = map(tile_cases.blocks_of, (values, offsets))
+    return values, offsets, rest
+
+
+def vectors(case):
+    error = tile_cases.vector(case, 1).astype(jnp.bfloat16)
+    gradient = tile_cases.vector(case, 2)
+    # What overflows becomes the largest number.
+    gradient[::5, 0] = tile_cases.LARGEST
+    error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
+    return error, gradient
+
+
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_feed_is_addition_selection_and_what_is_left(case, dtype):
+    error, gradient = vectors(case)
+    values, offsets, rest = feed(case, error, gradient, dtype=dtype)
+    given = error, gradient, case.kept, jnp.dtype(dtype)
+    wanted, places, left = tile_cases.fed(*given)
+    np.testing.assert_array_equal(offsets, places)
+    np.testing.assert_array_equal(values, wanted)
+    assert rest.dtype == error.dtype
+    np.testing.assert_array_equal(rest, left)
+
+
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_what_is_not_accepted_changes_no_bit(case, kind):
+    error, gradient = vectors(case)
+    error = stored(error, kind)
+    *_, rest = feed(case, error, np.full_like(gradient, np.nan), accept=False)
+    jax.tree.map(np.testing.assert_array_equal, rest, error)
+
+
+def stored(error, kind):
+    """Return an error as it is kept in `kind`."""
+    vector = jnp.asarray(error, jnp.float32)
+    like = rounded.zeros(vector, P(), jnp.dtype(kind))
+    return rounded.store(vector, like, jnp.asarray(True), jnp.int32(1))
+
+
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_error_of_bytes_is_rounded_as_all_at_once(case, dtype):
+    if case.size > 256:
+        dtype = "bfloat16"  # values of 8 bits are for tiles
+    spread = 10.0 ** np.linspace(-20, 20, case.tiles * case.lanes)[:, None]
+    error, gradient = spread * tile_cases.vector(case, 1), tile_cases.vector(case, 2)
+    old, gradient = stored(error, "int8"), (spread * gradient).astype(np.float32)
+    values, offsets, rest = feed(case, old, gradient, count=11, dtype=dtype)
+    total = np.asarray(rounded.load(old)) + gradient
+    np.testing.assert_array_equal(offsets, tile_cases.largest(total, case.kept))
+    left = total.copy()
+    taken = np.take_along_axis(total, offsets, 1) - np.asarray(values)
+    np.put_along_axis(left, np.asarray(offsets), taken, 1)
+    expected = rounded.store(jnp.asarray(left), old, jnp.asarray(True), jnp.int32(11))
+    jax.tree.map(np.testing.assert_array_equal, rest, expected)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("block_size", [16, 300])
+def test_training_in_rounds_is_training_at_once(monkeypatch, kind, block_size):
+    """Leaves of all dtypes, more than blocks hold, and a step that is skipped."""
+    params = {
+        "a": jnp.zeros((70, 90)),
+        "b": jnp.zeros(11, jnp.bfloat16),
+        "c": jnp.zeros((3, 5), jnp.complex64),
+        "d": jnp.zeros(()),
+        "e": jnp.zeros((41, 60), jnp.bfloat16),
+        "f": jnp.zeros(0),
+    }
+    compressor = efcp_jax.top_k(0.1, block_size=block_size, value_dtype="bfloat16")
+    tx = efcp_jax.scale_by_mfac(4, compressor=compressor, error_dtype=kind)
+
+    def train():
+        state, step = tx.init(params), jax.jit(functools.partial(tx.update))
+        for i in range(6):
+            keys = jax.random.split(jax.random.key(i), len(params))
+            draw = lambda key, x: jax.random.normal(key, x.shape, x.dtype)
+            gradient = dict(zip(params, map(draw, keys, params.values()), strict=True))
+            if i == 3:
+                gradient["a"] = gradient["a"].at[2, 3].set(jnp.inf)
+            updates, state = step(gradient, state)
+        return updates, state
+
+    at_once = train()
+    monkeypatch.setattr(cpu_feed, "_ENTRIES", 700)
+    in_rounds = train()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, a.dtype if a.dtype.kind == "c" else np.float64),
+            np.asarray(b, a.dtype if a.dtype.kind == "c" else np.float64),
+            rtol=1e-6,
+            atol=1e-7,
+        ),
+        at_once,
+        in_rounds,
+    )
