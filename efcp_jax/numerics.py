@@ -13,6 +13,9 @@ import numpy as np
 # triangular solution of 1024 rows takes half a minute, and in blocks of rows seconds.
 _BLOCK = 256
 
+# Above this, entries cannot be counted in the 32 bits of an index.
+LARGEST_INDEX = 2**31 - 1
+
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
     """Return the product in full precision, which accelerators do not by default."""

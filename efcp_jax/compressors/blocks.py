@@ -18,16 +18,13 @@ import numpy as np
 from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.sections import Sections
-from efcp_jax.numerics import saturate
+from efcp_jax.numerics import LARGEST_INDEX, saturate
 
 
 # On a mesh where some leaves are replicated, one block for everything would pad the
 # smallest group of leaves to the size of the largest. Blocks of this size bound the
 # padding and keep offsets in 16 bits.
 _MESH_BLOCK = 65_536
-
-# Above this, entries cannot be counted in the 32 bits of an index.
-_LARGEST_INDEX = 2**31 - 1
 
 # Into about how many runs the leaves are taken to be filled with the update. Each is a
 # loop to compile, and what is copied unless it is a single leaf.
@@ -106,7 +103,7 @@ class Blocks:
 
         Then runs of leaves are read and written without the blocks around them.
         """
-        return not self.layout.axes and self.count * self.size <= _LARGEST_INDEX
+        return not self.layout.axes and self.count * self.size <= LARGEST_INDEX
 
     @property
     def spec(self) -> PartitionSpec:

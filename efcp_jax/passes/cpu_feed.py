@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import rounded
-from efcp_jax.numerics import saturate
+from efcp_jax.numerics import LARGEST_INDEX, saturate
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.runs import part
 from efcp_jax.passes.scaled import DTYPES
@@ -25,9 +25,6 @@ _ENTRIES = 1 << 20
 # A gradient of many leaves has as many branches as there are rounds.
 _MOST_ROUNDS = 64
 
-# Above this, entries cannot be counted in the 32 bits of an index.
-_LARGEST_INDEX = 2**31 - 1
-
 
 def feeds(form: Any, error: Any, storage: Storage, dtype: np.dtype) -> bool:
     """Return whether `feed` takes this error, and is worth it."""
@@ -36,7 +33,7 @@ def feeds(form: Any, error: Any, storage: Storage, dtype: np.dtype) -> bool:
     # Of float16 a row is rounded with its scale, which is not known yet.
     exact = storage.values.name in ("float32", "bfloat16", *DTYPES)
     narrow = kept.dtype.itemsize < 4 and dtype == jnp.float32
-    return exact and narrow and chunk < units and kept.size <= _LARGEST_INDEX
+    return exact and narrow and chunk < units and kept.size <= LARGEST_INDEX
 
 
 def feed(
