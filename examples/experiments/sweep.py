@@ -26,6 +26,8 @@ COMMANDS = {
 COMPRESSED = ("sparse_mfac", "low_rank_mfac", "sparse_ggt", "low_rank_ggt")
 GGT, MFAC = "sparse_ggt:metric=true", "sparse_mfac:metric=true"
 LOW_RANK = "low_rank_ggt:metric=true,window_size=16"
+MORE = f"{GGT},window_size=16,density={8 / 128}"
+BYTES = "value_dtype=int8,error_dtype=int8"
 HALF = "value_dtype=bfloat16,error_dtype=bfloat16"  # the default of sparse rows
 WIDE = "value_dtype=float32,error_dtype=float32"
 RELATIVE = "window_size=64,relative=true"
@@ -86,9 +88,10 @@ PLANS = {
         *("adamw_b95", "adamw_b999", "sgd", "muon"),
         *(f"{GGT},window_size={m}" for m in (16, 64)),
         *(f"{MFAC},window_size={m}" for m in (16, 64)),
+        *(MORE, f"{MORE},{BYTES}"),
         *(f"{name}:window_size=64" for name in ("sparse_ggt", "sparse_mfac")),
         *(f"{name}:metric=true,window_size=16" for name in ("ggt", "mfac")),
-        f"{LOW_RANK},{HALF}",
+        *(f"{name}:metric=true,window_size=16,{HALF}" for name in COMPRESSED[1::2]),
         f"{GGT},window_size=64,error_feedback=false",
     ],
     "metric": [
