@@ -80,6 +80,7 @@ PLANS = {
         *(f"ggt:metric=true,window_size=16,b1={b}" for b in (0, 0.5, 0.9)),
         *(f"ggt:metric=true,window_size=16,b1={b},nesterov=true" for b in (0.5, 0.9)),
         *(f"mfac:metric=true,window_size=16,b1={b}" for b in (0.5, 0.9)),
+        *(f"{LOW_RANK},{HALF},{b}" for b in ("b1=0.5", "b1=0.9,nesterov=true")),
         *(f"{GGT},window_size=64,b1={b}" for b in (0.5, 0.9)),
         *(f"{name},window_size=64,momentum=0.9" for name in (GGT, MFAC)),
         "ggt:metric=true,window_size=16,momentum=0.9",
