@@ -162,7 +162,7 @@ def uniform(shape: tuple[int, ...], count: jax.Array, first: Any = 0) -> jax.Arr
     place, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in reversed(range(len(shape))):
         along = lax.broadcasted_iota(jnp.int32, shape, axis)
-        along = along if axis else along + first
+        along = along if axis else along + jnp.asarray(first, jnp.int32)
         place += along * _wrapped(stride)
         stride *= shape[axis]
     return hashed(place, count)

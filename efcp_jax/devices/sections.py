@@ -5,6 +5,7 @@ made to lay leaves side by side, or to widen them.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, TypeAlias
 
 import chex
@@ -56,43 +57,41 @@ class Sections:
         Returns:
             Function from the number of a section to an array `(size,)`.
         """
-        branches: dict[tuple[str, int], Read] = {}
+        reads: list[Read] = []
+        numbers: dict[Any, int] = {}
         chosen = []
         for first in firsts:
             index = int(np.searchsorted(self._ends, first, side="right")) - 1
             inside = index < len(self._arrays) and first + size <= self._ends[index + 1]
-            key = ("inside", index) if inside else ("across", first)
-            if key not in branches:
-                cut = self._inside(index, firsts, size)
-                branches[key] = cut if inside else self._across(first, size)
-            chosen.append([*branches].index(key))
-        table, read = np.array(chosen, np.int32), [*branches.values()]
-        return lambda i: lax.switch(jnp.asarray(table)[i], read, i)
-
-    def _inside(self, index: int, firsts: Sequence[int], size: int) -> Read:
-        """Return what reads sections that lie in one array."""
+            key = index if inside else (first,)
+            if key not in numbers:
+                numbers[key] = len(reads)
+                cut = functools.partial(self._inside, index, size)
+                across = functools.partial(self._across, first, size)
+                reads.append(cut if inside else across)
+            chosen.append(numbers[key])
+        table = np.array([chosen, firsts], np.int32)
 
         def read(i: Any) -> jax.Array:
-            places = np.array(firsts) - self._ends[index]
-            place = jnp.asarray(np.maximum(places, 0).astype(np.int32))[i]
-            piece = lax.dynamic_slice_in_dim(self._arrays[index], place, size)
-            return piece.astype(self._dtype)
+            number, first = jnp.asarray(table)[:, i]
+            return lax.switch(number, reads, first)
 
         return read
 
-    def _across(self, first: int, size: int) -> Read:
-        """Return what reads the section that begins at `first`."""
+    def _inside(self, index: int, size: int, first: jax.Array) -> jax.Array:
+        """Return the section that begins at `first` and lies in one array."""
+        place = first - self._ends[index]
+        piece = lax.dynamic_slice_in_dim(self._arrays[index], place, size)
+        return piece.astype(self._dtype)
 
-        def read(i: Any) -> jax.Array:
-            del i
-            pieces, missing = [], size
-            for array, start, end in zip(
-                self._arrays, self._ends, self._ends[1:], strict=False
-            ):
-                low, high = max(first, start), min(first + size, end)
-                if low < high:
-                    pieces.append(array[low - start : high - start].astype(self._dtype))
-                    missing -= high - low
-            return jnp.concatenate([*pieces, jnp.zeros(missing, self._dtype)])
-
-        return read
+    def _across(self, start: int, size: int, first: jax.Array) -> jax.Array:
+        """Return the section that begins at `start`, which `first` is."""
+        del first
+        pieces, missing = [], size
+        for array, end in zip(self._arrays, self._ends[1:], strict=True):
+            begin = end - len(array)
+            low, high = max(start, begin), min(start + size, end)
+            if low < high:
+                pieces.append(array[low - begin : high - begin].astype(self._dtype))
+                missing -= high - low
+        return jnp.concatenate([*pieces, jnp.zeros(missing, self._dtype)])

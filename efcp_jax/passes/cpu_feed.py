@@ -16,7 +16,7 @@ from efcp_jax import rounded
 from efcp_jax.numerics import LARGEST_INDEX, saturate
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.runs import part
-from efcp_jax.passes.scaled import DTYPES
+from efcp_jax.passes.scaled import COMMUTING
 
 
 # Entries of a round: XLA writes half precision several times slower in smaller parts.
@@ -29,11 +29,10 @@ _MOST_ROUNDS = 64
 def feeds(form: Any, error: Any, storage: Storage, dtype: np.dtype) -> bool:
     """Return whether `feed` takes this error, and is worth it."""
     kept = jax.tree.leaves(error)[0]
-    units, chunk, _ = _rounds(form, kept.shape)
-    # Of float16 a row is rounded with its scale, which is not known yet.
-    exact = storage.values.name in ("float32", "bfloat16", *DTYPES)
+    units, chunk = _rounds(form, kept.shape)
     narrow = kept.dtype.itemsize < 4 and dtype == jnp.float32
-    return exact and narrow and chunk < units and kept.size <= LARGEST_INDEX
+    fits = chunk < units and kept.size <= LARGEST_INDEX
+    return narrow and fits and storage.values.name in COMMUTING
 
 
 def feed(
@@ -60,10 +59,11 @@ def feed(
         error.
     """
     blocks, size = jax.tree.leaves(error)[0].shape
-    units, chunk, lanes = _rounds(form, (blocks, size))
+    units, chunk = _rounds(form, (blocks, size))
     # The last round begins early enough to be as long as the others: another length
     # would be another program.
     firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
+    lanes = form.lanes
     unit = lanes * size
     read = sections.every([unit * first for first in firsts], unit * chunk)
 
@@ -83,9 +83,8 @@ def feed(
         gradient = jnp.where(new, read(i).reshape(-1, size), 0)
         total = saturate(before + gradient, jnp.float32)
         found, places = form.select(total)
-        # Rounding commutes with multiplying by a power of two, so a scale for the row
-        # can be found behind the last round.
-        found, _ = storage.load(_stored(storage, found, places), jnp.float32)
+        # A scale for the row can be found behind the last round.
+        found = _near(storage, found, places)
         rest = form.residual(total, jnp.where(fresh(found) & accept, found, 0), places)
         rest = rounded.store(rest, old, new, count, start * lanes)
         # Computed on all cores before it is written, which is done on one.
@@ -106,17 +105,16 @@ def feed(
     return *row, error
 
 
-def _stored(storage: Storage, values: jax.Array, offsets: jax.Array) -> Any:
-    """Return a part of a row as it is stored, within the range of its dtype."""
+def _near(storage: Storage, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return the values that are stored for a part of a row, within their range."""
     if storage.scaled:
-        return storage.store(values, offsets)
-    return storage.store(saturate(values, storage.values), offsets)
+        return storage.load(storage.store(values, offsets), jnp.float32)[0]
+    return saturate(values, storage.values).astype(jnp.float32)
 
 
-def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return how many units of blocks there are, those of a round, and their blocks."""
+def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return how many units of `form.lanes` blocks there are, and those of a round."""
     blocks, size = shape
-    units = form.row_shape(blocks)[0]
-    lanes = blocks // units
-    chunk = max(1, _ENTRIES // (lanes * size), -(-units // _MOST_ROUNDS))
-    return units, min(chunk, units), lanes
+    units = blocks // form.lanes
+    chunk = max(1, _ENTRIES // (form.lanes * size), -(-units // _MOST_ROUNDS))
+    return units, min(chunk, units)

@@ -30,6 +30,11 @@ class LargeBlocks:
     kept: int
     storage: Storage
 
+    @property
+    def lanes(self) -> int:
+        """Blocks that lie side by side: one."""
+        return 1
+
     def row_shape(self, count: int) -> tuple[int, int]:
         """Return the shape of the entries of a row of `count` blocks."""
         return count, self.kept

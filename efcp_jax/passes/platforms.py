@@ -72,8 +72,8 @@ def fed(
         *row, rest = cpu_feed.feed(error, accept, count, **given)
         return *finish(*row), rest
 
-    forms, blocks = {}, len(jax.tree.leaves(error)[0])
-    if tpu.feeds(error, storage.values, blocks // form.row_shape(blocks)[0]):
+    forms = {}
+    if tpu.feeds(error, storage.values, form.lanes):
         forms["tpu"] = at_once
     if cpu_feed.feeds(form, error, storage, dtype):
         forms["cpu"] = in_rounds

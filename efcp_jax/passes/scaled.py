@@ -24,6 +24,10 @@ _LARGEST = {"int8": (127, 2**7), "float8_e4m3fn": (240, 2**8)}
 # The dtypes there are.
 DTYPES = tuple(_LARGEST)
 
+# Those of which rounding commutes with multiplying by a power of two, so that a row can
+# be rounded before its scale is known. Small numbers vanish in float16.
+COMMUTING = ("float32", "bfloat16", *DTYPES)
+
 
 class ScaledRow(NamedTuple):
     """The kept entries of every block, with values of 8 bits.

@@ -21,7 +21,7 @@ from efcp_jax.passes import matching, reference, tpu_add, tpu_inner, tpu_select
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
 from efcp_jax.passes.places import shape
 from efcp_jax.passes.runs import part, sweep
-from efcp_jax.passes.scaled import DTYPES
+from efcp_jax.passes.scaled import COMMUTING
 from efcp_jax.passes.tpu_feed import feed as feed
 from efcp_jax.passes.tpu_tiles import LANES
 from efcp_jax.rounded import Rounded
@@ -88,14 +88,12 @@ def combine(
 
 def feeds(error: Any, dtype: np.dtype, lanes: int) -> bool:
     """Return whether `feed` takes this error and values of `dtype`."""
-    kinds = ("float32", "bfloat16")
-    stored = (*kinds, *DTYPES)
     if isinstance(error, Rounded):
         # Bytes are turned where the entries of a block fill lanes.
         fits = error.values.shape[1] % LANES == 0
     else:
-        fits = error.dtype.name in kinds
-    return lanes == LANES and fits and dtype.name in stored
+        fits = error.dtype.name in ("float32", "bfloat16")
+    return lanes == LANES and fits and dtype.name in COMMUTING
 
 
 def _scales(window: Tiled, dtype: np.dtype) -> jax.Array | None:

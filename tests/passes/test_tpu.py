@@ -35,7 +35,6 @@ CASES = [
 ]
 BATCHED = [CASES[1], CASES[8]]
 DTYPES = ["bfloat16", "float16", "float32"]
-LARGEST = tile_cases.LARGEST
 
 
 @functools.cache
@@ -72,7 +71,7 @@ def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
     error = np.asarray(tile_cases.vector(case, 1)).astype(jnp.dtype(error_dtype))
     gradient = tile_cases.vector(case, 2)
     # What overflows becomes the largest number.
-    gradient[::5, 0] = LARGEST
+    gradient[::5, 0] = tile_cases.LARGEST
     error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
     feed = compiled(tpu_feed.feed, kept=case.kept, dtype=dtype)
     values, offsets, rest = feed(error, jnp.asarray(gradient), *ACCEPTED)
