@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import chex
@@ -241,4 +242,4 @@ def _random(matrix: Matrix, dtype: Any) -> jax.Array:
     if matrix.col_axes:  # the same numbers as on one device
         start = lax.axis_index(matrix.col_axes) * matrix.cols
         columns = lax.dynamic_slice_in_dim(columns, start, matrix.cols)
-    return columns.T / np.sqrt(size)
+    return columns.T / math.sqrt(size)

@@ -50,6 +50,7 @@ def launch(
         interpret: Whether the kernel runs on a CPU, where there is one memory.
         *operands: Arrays.
     """
+    kernel = _narrow(kernel)
     if interpret:
         return kernel(*operands)
 
@@ -67,6 +68,20 @@ def launch(
         return out, jax.tree.map(lambda _: True, out)
 
     return call(*operands)
+
+
+def _narrow(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `kernel`, its places counted in 32 bits where numbers of 64 are on.
+
+    Every platform's form is traced wherever a program runs, so that this one would
+    fail on CPUs as well.
+    """
+
+    def call(*operands: jax.Array) -> Any:
+        with jax.enable_x64(False):
+            return kernel(*operands)
+
+    return call
 
 
 def _held(array: jax.Array) -> jax.Array:

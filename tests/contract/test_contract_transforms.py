@@ -98,6 +98,17 @@ def test_both_branches_of_a_cond_have_the_same_types(name, dtype):
 
 
 @every_alias
+def test_a_step_in_float32_is_the_same_where_64_bits_are_on(name):
+    """Of enough blocks for the kernels of TPUs, which are traced on any platform."""
+    model = {"kernel": jnp.zeros((65, 260)), "half": jnp.zeros((9, 40), jnp.bfloat16)}
+    each = aliases.gradients(model)
+    narrow = aliases.run(aliases.make(name), model, each)
+    with jax.enable_x64(True):
+        wide = aliases.run(aliases.make(name), model, each)
+    aliases.assert_close(wide, narrow)
+
+
+@every_alias
 @pytest.mark.parametrize("map_", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_a_mapped_step_equals_the_steps_one_by_one(name, map_):
     tx, params = aliases.make(name), aliases.params()

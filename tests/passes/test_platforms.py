@@ -60,7 +60,7 @@ RUNS = [
 
 def run(method, name, skip):
     rng = np.random.default_rng(0)
-    model = {key: jnp.zeros(shape) for key, shape in SHAPES.items()}
+    model = {key: jnp.zeros(shape, jnp.float32) for key, shape in SHAPES.items()}
     stacked = {
         key: rng.normal(size=(STEPS, *shape)).astype(np.float32)
         for key, shape in SHAPES.items()
@@ -103,6 +103,17 @@ def test_steps_of_accelerators_are_those_of_cpus(method, name, skip, platform, p
     offered, kernels = pretend(platform)
     there = run(method, name, skip)
     assert ["cpu"] in offered
+    assert kernels == KERNELS.get((platform, name), set())
+    assert_close(there, here)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("name", [name for name in COMPRESSORS if "tiles" in name])
+def test_kernels_of_float32_run_where_64_bits_are_on(name, platform, pretend):
+    here = on_cpu("mfac", name, True)
+    _, kernels = pretend(platform)
+    with jax.enable_x64(True):
+        there = run("mfac", name, True)
     assert kernels == KERNELS.get((platform, name), set())
     assert_close(there, here)
 
