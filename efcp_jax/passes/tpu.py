@@ -44,8 +44,8 @@ def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.
 def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return `vector` less the `values` at their places."""
     if _fits(vector, values.shape[2]):
-        one = jnp.ones(1, vector.dtype)
-        return tpu_add.add(values, offsets, -one, vector.shape[1], vector)
+        weights = jnp.full(1, -1, vector.dtype)
+        return tpu_add.add(values, offsets, weights, vector.shape[1], vector)
     return matching.residual(vector, values, offsets)
 
 

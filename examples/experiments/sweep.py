@@ -95,6 +95,15 @@ PLANS = {
         *(f"{name}:metric=true,window_size=16,{HALF}" for name in COMPRESSED[1::2]),
         f"{GGT},window_size=64,error_feedback=false",
     ],
+    # What a metric does for windows that are not sparse, at the rules' learning rates.
+    "untuned": [
+        f"{name}:{metric}window_size=16{dtypes}"
+        for name, dtypes in (
+            *(("ggt", ""), ("mfac", "")),
+            *((name, f",{HALF}") for name in COMPRESSED[1::2]),
+        )
+        for metric in ("", "metric=true,")
+    ],
     "metric": [
         *("adamw_b95", *COMPRESSED),
         *(f"{name}:metric=true" for name in COMPRESSED),
