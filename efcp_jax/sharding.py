@@ -35,6 +35,10 @@ over those axes too. A leaf that is replicated while others are sharded (a bias 
 FSDP matrices) is held by all devices of the axis, packed in blocks of its own, and
 weighs one over their number in inner products: keep large leaves sharded.
 
+A metric, which optimizers have by default, adds an all-reduce for each set of mesh axes
+that cuts matrices, of a number for each row or column that is cut. Where parameters are
+replicated there is none.
+
 Low rank adds a few all-reduces of the small factors, r numbers a column and r^2 a leaf,
 each of them one collective for all leaves together. Where parameters are replicated,
 the leaves of every shape are gathered together, each entry once.

@@ -18,10 +18,9 @@ params: Any = {
     "mlp": jax.ShapeDtypeStruct((32, WIDTH, 8 * WIDTH), jnp.bfloat16),
 }
 half = {"value_dtype": jnp.bfloat16, "error_dtype": jnp.bfloat16}  # as sparse rows
-metric = efcp_jax.diagonal_metric()
 optimizers = {
-    "sparse GGT in a metric, m = 16": efcp_jax.sparse_ggt(1.0, 16, metric=metric),
-    "sparse GGT in a metric, m = 64": efcp_jax.sparse_ggt(1.0, 64, metric=metric),
+    "sparse GGT, m = 16": efcp_jax.sparse_ggt(1.0, 16),
+    "sparse GGT, m = 64": efcp_jax.sparse_ggt(1.0, 64),
     "sparse M-FAC, m = 1024, 1 of 128": efcp_jax.sparse_mfac(1e-3, 1024, 1 / 128),
     "low-rank GGT, m = 16, rank 4": efcp_jax.low_rank_ggt(1.0, 16, 4, **half),
 }
@@ -31,4 +30,4 @@ for name, tx in optimizers.items():
         f"{name:34} {report.total / 1e9:6.1f} GB, {report.per_parameter:5.2f} bytes a"
         f" parameter, {report.dense_window / report.total:6.1f} times less than dense"
     )
-print(efcp_jax.memory_report(optimizers["sparse GGT in a metric, m = 16"], params))
+print(efcp_jax.memory_report(optimizers["sparse GGT, m = 16"], params))

@@ -64,7 +64,7 @@ decay = lambda peak: optax.cosine_decay_schedule(peak, STEPS)
 optimizers = {
     "AdamW": optax.adamw(decay(8e-3)),
     "sparse GGT": efcp_jax.sparse_ggt(decay(1.0), WINDOW),
-    "sparse M-FAC": efcp_jax.sparse_mfac(decay(1 / WINDOW), WINDOW, damping=1e-3),
+    "sparse M-FAC": efcp_jax.sparse_mfac(decay(1 / WINDOW), WINDOW),
 }
 runs = {name: train(efcp_jax.monitor(tx)) for name, tx in optimizers.items()}
 for name, (loss, figures) in runs.items():

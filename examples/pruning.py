@@ -48,7 +48,9 @@ def loss_fn(params, batch):
     return jnp.mean(losses)
 
 
-tx = efcp_jax.mfac(optax.cosine_decay_schedule(1 / WINDOW, STEPS), WINDOW)
+# In a metric the window would be that of other parameters at every step.
+decay = optax.cosine_decay_schedule(1 / WINDOW, STEPS)
+tx = efcp_jax.mfac(decay, WINDOW, metric=None)
 
 
 def step(carry, batch):

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.core import Tracer
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from efcp_jax import _validate
+from efcp_jax.metrics import Metric, diagonal_metric
+from efcp_jax.metrics.base import optional
 
 
 # Entries a block of the sparse optimizers, and the share of them that is kept: offsets
@@ -34,6 +36,20 @@ def stored_dtype(
     if dtype is not None or (isinstance(density, numbers.Real) and density == 1):
         return dtype
     return STORED
+
+
+def metric_of(
+    metric: Metric | Literal["auto"] | None, ridge: Any, relative: bool
+) -> Metric | None:
+    """Return the metric of an optimizer, given its damping or eps.
+
+    In units of the window one learning rate is to serve every model, which it does in
+    Adam's metric. Where the unit is the published one, so is the optimizer.
+    """
+    if not (isinstance(metric, str) and metric == "auto"):
+        return optional(metric)
+    relative = _validate.boolean("relative", relative)
+    return diagonal_metric() if relative or ridge is None else None
 
 
 def with_learning_rate(

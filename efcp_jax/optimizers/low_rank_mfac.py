@@ -1,6 +1,6 @@
 """M-FAC on low-rank gradients with error feedback."""
 
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -8,7 +8,7 @@ import optax
 
 from efcp_jax import compressors
 from efcp_jax.metrics import Metric
-from efcp_jax.optimizers.chain import with_learning_rate
+from efcp_jax.optimizers.chain import metric_of, with_learning_rate
 from efcp_jax.transforms import scale_by_mfac
 
 
@@ -24,7 +24,7 @@ def low_rank_mfac(
     relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
-    metric: Metric | None = None,
+    metric: Metric | Literal["auto"] | None = "auto",
     block_diagonal: bool = False,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -65,7 +65,9 @@ def low_rank_mfac(
         nesterov: Whether that moment looks ahead.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
-            multiplied by $D^{-1/2}$. None for the Euclidean metric.
+            multiplied by $D^{-1/2}$. None for the Euclidean metric. `"auto"` for
+            `diagonal_metric()` where damping is None or `relative=True`, and for None
+            where damping is in the published unit.
         block_diagonal: Whether every leaf has a Gram matrix of its own, instead of one
             for the whole gradient.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
@@ -103,9 +105,9 @@ def low_rank_mfac(
         <https://arxiv.org/abs/2306.06098>`_, 2024
 
     Notes:
-        Memory: 4 bytes a parameter for the error and m r (rows + cols) values a
-        matrix for the window. Time: two products of every matrix with r columns, two
-        passes over the window, and m^3 / 3 operations.
+        Memory: 4 bytes a parameter for the error and m r (rows + cols) values a matrix
+        for the window, and the metric's. Time: two products of every matrix with r
+        columns, two passes over the window, and m^3 / 3 operations.
     """
     scale = scale_by_mfac(
         window_size,
@@ -118,7 +120,7 @@ def low_rank_mfac(
             4 if rank is None else rank, value_dtype=value_dtype
         ),
         block_diagonal=block_diagonal,
-        metric=metric,
+        metric=metric_of(metric, damping, relative),
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

@@ -1,6 +1,6 @@
 """M-FAC over a window of gradients."""
 
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -8,7 +8,7 @@ import optax
 
 from efcp_jax import compressors
 from efcp_jax.metrics import Metric
-from efcp_jax.optimizers.chain import with_learning_rate
+from efcp_jax.optimizers.chain import metric_of, with_learning_rate
 from efcp_jax.transforms import scale_by_mfac
 
 
@@ -24,7 +24,7 @@ def mfac(
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
     block_diagonal: bool = False,
-    metric: Metric | None = None,
+    metric: Metric | Literal["auto"] | None = "auto",
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
@@ -62,7 +62,9 @@ def mfac(
             for all parameters.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
-            multiplied by $D^{-1/2}$. None for the Euclidean metric.
+            multiplied by $D^{-1/2}$. None for the Euclidean metric. `"auto"` for
+            `diagonal_metric()` where damping is None or `relative=True`, and for None
+            where damping is in the published unit.
         value_dtype: Floating dtype of the stored rows; None for the working dtype.
         error_feedback: Whether what compression drops is added to the next gradient.
         error_dtype: Dtype of the error, floating or `jnp.int8`; None for the working
@@ -95,8 +97,8 @@ def mfac(
         Information <https://arxiv.org/abs/2107.03356>`_, 2021
 
     Notes:
-        Memory: 4 m bytes a parameter. Time: two passes over the window, and
-        m^3 / 3 operations.
+        Memory: 4 m bytes a parameter, and the metric's. Time: two passes over the
+        window, and m^3 / 3 operations.
     """
     scale = scale_by_mfac(
         window_size,
@@ -107,7 +109,7 @@ def mfac(
         divisor=divisor,
         compressor=compressors.identity(value_dtype=value_dtype),
         block_diagonal=block_diagonal,
-        metric=metric,
+        metric=metric_of(metric, damping, relative),
         error_feedback=error_feedback,
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,

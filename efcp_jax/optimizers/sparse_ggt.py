@@ -1,6 +1,6 @@
 """Full-matrix Adagrad on sparse gradients with error feedback."""
 
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -11,6 +11,7 @@ from efcp_jax.metrics import Metric
 from efcp_jax.optimizers.chain import (
     BLOCK_SIZE,
     DENSITY,
+    metric_of,
     stored_dtype,
     with_learning_rate,
 )
@@ -31,7 +32,7 @@ def sparse_ggt(
     relative: bool = False,
     nesterov: bool = False,
     block_diagonal: bool = False,
-    metric: Metric | None = None,
+    metric: Metric | Literal["auto"] | None = "auto",
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
@@ -72,7 +73,9 @@ def sparse_ggt(
             cut of one leaf only, instead of one matrix for all parameters.
         metric: What gradients and updates are measured in, `diagonal_metric(...)` or
             `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
-            multiplied by $D^{-1/2}$. None for the Euclidean metric.
+            multiplied by $D^{-1/2}$. None for the Euclidean metric. `"auto"` for
+            `diagonal_metric()` where eps is None or `relative=True`, and for None
+            where eps is in the published unit.
         block_size: Entries a block, at least 1; None for 128. Up to 256 every platform
             is fast; at least the number of parameters makes one block of all.
         value_dtype: Dtype of the stored values; None for bfloat16, or with density 1,
@@ -112,8 +115,8 @@ def sparse_ggt(
 
     Notes:
         Memory: 2 bytes a parameter for the error and m density times 3 for the window
-        (4 and 5 with float32, 1 and 2 with 8 bits). Time: a selection, two passes
-        over the window, and about 10 m^3 operations.
+        (4 and 5 with float32, 1 and 2 with 8 bits), and the metric's. Time: a
+        selection, two passes over the window, and about 10 m^3 operations.
     """
     scale = scale_by_ggt(
         window_size,
@@ -128,7 +131,7 @@ def sparse_ggt(
             value_dtype=stored_dtype(value_dtype, density),
         ),
         block_diagonal=block_diagonal,
-        metric=metric,
+        metric=metric_of(metric, eps, relative),
         error_feedback=error_feedback,
         error_dtype=stored_dtype(error_dtype, density),
         skip_nonfinite=skip_nonfinite,

@@ -64,7 +64,7 @@ def inverse_fisher_product(
 
     Examples:
         >>> import efcp_jax, jax.numpy as jnp
-        >>> tx = efcp_jax.mfac(0.1, window_size=1)
+        >>> tx = efcp_jax.mfac(0.1, window_size=1, metric=None)
         >>> params = jnp.zeros(2)
         >>> _, state = tx.update(jnp.array([3., 0.]), tx.init(params), params)
         >>> x = jnp.array([10., 10.])
@@ -121,7 +121,8 @@ def inverse_fisher_product(
     if own.metric is not None:
         raise ValueError(
             "The window of `state` is in a metric that changes from step to step, so"
-            " its Fisher matrix is not that of the parameters. Train without `metric`."
+            " its Fisher matrix is not that of the parameters. Train with"
+            " `metric=None`."
         )
     size = own.window.scale.shape[0]
 

@@ -25,10 +25,17 @@ import efcp_jax
 
 EPOCHS = 15
 
-DAMPING = [{"damping": damping} for damping in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)]
-EPS = [{"eps": eps} for eps in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)]
+EXPONENTS = range(1, -6, -1)
+RELATIVE = {"relative": True}  # in units of the window, as the defaults are
+DAMPING = [{"damping": 10.0**exponent, **RELATIVE} for exponent in EXPONENTS]
+EPS = [{"eps": 10.0**exponent, **RELATIVE} for exponent in EXPONENTS]
+# As published: in the unit of the gradient, and of the Euclidean metric.
+PUBLISHED_DAMPING = [{"damping": damping} for damping in (1e-2, 1e-4)]
+PUBLISHED_EPS = [{"eps": eps} for eps in (1e-2, 1e-4)]
+EUCLIDEAN = [{"metric": None}]
 WINDOWS = [{"window_size": window} for window in (16, 32)]
 SPARSE = [
+    *({"density": kept / 128} for kept in (1, 8)),
     {"block_size": 1 << 20},  # one block of all parameters
     {"value_dtype": jnp.float32},
     {"value_dtype": jnp.int8},
@@ -39,13 +46,15 @@ SPARSE = [
 ]
 DIVISOR = [{"divisor": "filled"}]
 
+MFAC = [{}, *EUCLIDEAN, *DAMPING, *PUBLISHED_DAMPING]
+GGT = [{}, *EUCLIDEAN, *EPS, *PUBLISHED_EPS]
 SETTINGS = {
-    "sparse_mfac": [{}, *DAMPING, *WINDOWS, *DIVISOR, *SPARSE],
-    "mfac": [{}, *DAMPING],
-    "low_rank_mfac": [{}, *DAMPING],
-    "sparse_ggt": [{}, *EPS, *WINDOWS, *SPARSE],
-    "ggt": [{}, *EPS],
-    "low_rank_ggt": [{}, *EPS],
+    "sparse_mfac": [*MFAC, *WINDOWS, *DIVISOR, *SPARSE],
+    "mfac": MFAC,
+    "low_rank_mfac": MFAC,
+    "sparse_ggt": [*GGT, *WINDOWS, *SPARSE],
+    "ggt": GGT,
+    "low_rank_ggt": GGT,
 }
 
 

@@ -59,7 +59,7 @@ PLANS = {
     "window": [
         *(f"{GGT},window_size={m}" for m in (1, 16, 64, 256, 1024)),
         *(f"{MFAC},window_size={m}" for m in (16, 64, 256, 1024)),
-        *(f"sparse_ggt:window_size={m}" for m in (1, 16, 64)),
+        *(f"sparse_ggt:metric=false,window_size={m}" for m in (1, 16, 64)),
     ],
     "compressors": [
         *(f"{GGT},window_size=16,density={k / 128}" for k in (1, 2, 8)),
@@ -90,7 +90,7 @@ PLANS = {
         *(f"{GGT},window_size={m}" for m in (16, 64)),
         *(f"{MFAC},window_size={m}" for m in (16, 64)),
         *(MORE, f"{MORE},{BYTES}"),
-        *(f"{name}:window_size=64" for name in ("sparse_ggt", "sparse_mfac")),
+        *(f"{name}:metric=false,window_size=64" for name in COMPRESSED[::2]),
         *(f"{name}:metric=true,window_size=16" for name in ("ggt", "mfac")),
         *(f"{name}:metric=true,window_size=16,{HALF}" for name in COMPRESSED[1::2]),
         f"{GGT},window_size=64,error_feedback=false",
@@ -102,11 +102,11 @@ PLANS = {
             *(("ggt", ""), ("mfac", "")),
             *((name, f",{HALF}") for name in COMPRESSED[1::2]),
         )
-        for metric in ("", "metric=true,")
+        for metric in ("metric=false,", "metric=true,")
     ],
     "metric": [
-        *("adamw_b95", *COMPRESSED),
-        *(f"{name}:metric=true" for name in COMPRESSED),
+        "adamw_b95",
+        *(f"{name}:metric={on}" for on in ("false", "true") for name in COMPRESSED),
         *(f"{GGT},window_size={m}" for m in (8, 16)),
     ],
 }

@@ -36,7 +36,7 @@ BUDGETS = {
         },
         "sparse-ggt-1/128-m64-flat": FLAT | {"gigabytes": 0.8},
         "sparse-1/128-m64-transformer": {"gigabytes": 1.5, "kernels": 650},
-        "sparse_mfac-flat": FLAT | {"gigabytes": 0.5},
+        "sparse_mfac-flat": FLAT | {"gigabytes": 1.3},
         "ggt-metric-2/128-m16-flat": FLAT | {"gigabytes": 1.4},
         "ggt-metric-2/128-m16-transformer": {"gigabytes": 2.2, "kernels": 1300},
         "low-rank-4-m64-equal": {"kernels": 300},

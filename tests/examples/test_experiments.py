@@ -4,7 +4,9 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 
@@ -247,12 +249,23 @@ def test_specifications_are_read_as_they_are_written(load):
     assert optimizers.parse("sgd").settings == {}
 
 
-def test_without_a_metric_in_the_library_only_the_setting_is_refused(load, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ("", True),
+        ("metric=auto", True),
+        ("metric=true", True),
+        ('metric={"decay":0.9}', True),
+        ("metric=false", False),
+        ("metric=null", False),
+        ("eps=1e-3", False),
+    ],
+)
+def test_what_is_not_named_is_the_default(load, settings, kept):
     optimizers = load("lab.optimizers")
-    monkeypatch.delattr(optimizers.efcp_jax, "diagonal_metric")
-    optimizers.make(optimizers.parse("ggt:metric=false"), lambda step: 1.0)
-    with pytest.raises(ValueError, match="has no `diagonal_metric`"):
-        optimizers.make(optimizers.parse("ggt:metric=true"), lambda step: 1.0)
+    spec = optimizers.parse(f"ggt:{settings}")
+    state = optimizers.make(spec, lambda step: 1.0).init(jnp.zeros((2, 3)))
+    assert (optax.tree.get(state, "metric") is not None) == kept
 
 
 def test_schedules_rise_to_one_and_fall(load):

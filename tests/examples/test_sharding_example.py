@@ -9,7 +9,7 @@ import sys
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_sharded.py"
 
 
-def test_the_sharded_example_sends_one_small_sum_and_learns():
+def test_the_sharded_example_sends_two_small_sums_and_learns():
     output = subprocess.run(
         [sys.executable, str(SCRIPT), "--parallel", "fsdp", "--steps", "21"],
         capture_output=True,
@@ -18,7 +18,9 @@ def test_the_sharded_example_sends_one_small_sum_and_learns():
         check=True,
     ).stdout
     collectives = re.findall(r"^  (\S+) of ([\d,]+) numbers$", output, flags=re.M)
-    assert collectives == [("all-reduce", "32")]
+    # Of the metric: the matrices' columns, and a mean of each; then the window's rows.
+    of_metric = 512 + 512 + 32 + 3
+    assert collectives == [("all-reduce", f"{of_metric:,}"), ("all-reduce", "33")]
     whole, held = re.search(
         r"^state: ([\d,]+) bytes, ([\d,]+) on", output, re.M
     ).groups()

@@ -102,7 +102,7 @@ def test_a_state_of_none_or_two_of_ours_is_refused(count):
 
 
 def test_norms_far_from_one_do_not_overflow():
-    tx = efcp_jax.sparse_mfac(0.1, window_size=2, density=0.5)
+    tx = efcp_jax.sparse_mfac(0.1, window_size=2, density=0.5, metric=None)
     unit = 2.0**84  # about 2e25; every dtype holds its multiples
     gradient = unit * jnp.array([4.0, 3.0, 2.0, 1.0])
     _, state = tx.update(gradient, tx.init(gradient), gradient)

@@ -18,13 +18,13 @@ def model():
     return {"bias": jnp.zeros(50), "kernel": jnp.zeros((6, 50))}
 
 
-def fixed(window_bytes=4 * M):
-    """Bytes of the counters, the scales and the Gram matrix."""
-    return 4 * 4 + window_bytes + 4 * M * M
-
-
+# Counters, scales and Gram matrix; a moment a row and column of the kernel and an entry
+# of the bias, and their mean.
+FIXED = 4 * (4 + M + M * M)
+METRIC = 4 * (6 + 50 + 50 + 1)
 OPTIMIZERS = {
     "mfac": (efcp_jax.mfac(0.1, M), 4 * M * D),
+    "mfac-euclidean": (efcp_jax.mfac(0.1, M, metric=None), 4 * M * D - METRIC),
     # Three blocks of 128 hold 350 parameters with padding; two of each are kept.
     "sparse_mfac": (
         efcp_jax.sparse_mfac(0.1, M),
@@ -62,7 +62,7 @@ OPTIMIZERS = {
 def test_bytes_equal_the_arithmetic_and_the_arrays(name):
     tx, expected = OPTIMIZERS[name]
     report = efcp_jax.memory_report(tx, model())
-    assert report.total == expected + fixed()
+    assert report.total == expected + FIXED + METRIC
     state = tx.init(model())
     assert report.total == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert report.total == sum(report.fields.values())

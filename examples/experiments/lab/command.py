@@ -25,8 +25,8 @@ def options(description: str | None, batch_seeds: int = 1) -> argparse.ArgumentP
         nargs="+",
         metavar="NAME[:KEY=VALUE,...]",
         default=["adamw_b95", "sparse_ggt", "sparse_mfac"],
-        help=f"with settings, such as sparse_ggt:window_size=16; the names are"
-        f" {', '.join(optimizers.REGISTRY)}",
+        help=f"with settings, such as sparse_ggt:window_size=16,metric=false; the names"
+        f" are {', '.join(optimizers.REGISTRY)}",
     )
     add(
         "--learning-rates",

@@ -169,7 +169,9 @@ def _lowest(table):
 def _name(spec):
     """Return a specification as a legend has room for it."""
     settings = dict(spec.settings)
-    words = ["metric"] if settings.pop("metric", None) is True else []
+    words = []
+    if isinstance(settings.get("metric"), bool):
+        words.append("metric" if settings.pop("metric") else "no metric")
     if "window_size" in settings:
         words.append(f"m={settings.pop('window_size')}")
     dtypes = [settings.pop(f"{of}_dtype", None) for of in ("value", "error")]

@@ -123,9 +123,7 @@ def parse(text: str) -> Spec:
             raise ValueError(f"the settings of {text!r} are no JSON: {error}") from None
     else:
         settings = dict(_pair(text, part) for part in _split(rest))
-    known = {*inspect.signature(REGISTRY[name].make).parameters, *CLIPS, "metric"}
-    if name not in ALIASES:
-        known -= {"metric"}
+    known = {*inspect.signature(REGISTRY[name].make).parameters, *CLIPS}
     unknown = sorted(set(settings) - (known - NOT_SETTINGS))
     if unknown:
         raise ValueError(
@@ -160,7 +158,7 @@ def make(spec: Spec, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return the optimizer of a specification.
 
     Raises:
-        ValueError: A setting is out of range, or this efcp_jax has no metric.
+        ValueError: A setting is out of range.
         TypeError: A setting is of the wrong type.
     """
     settings = {
@@ -168,9 +166,7 @@ def make(spec: Spec, schedule: optax.Schedule) -> optax.GradientTransformation:
         for key, value in spec.settings.items()
         if key not in CLIPS
     }
-    if settings.get("metric") in (None, False):
-        settings.pop("metric", None)
-    else:
+    if "metric" in settings:
         settings["metric"] = _metric(settings["metric"])
     gradient, update = (spec.settings.get(key) for key in CLIPS)
     factory = REGISTRY[spec.name].make
@@ -188,10 +184,7 @@ def make(spec: Spec, schedule: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _metric(value):
-    factory = getattr(efcp_jax, "diagonal_metric", None)
-    if factory is None:
-        raise ValueError(
-            "this efcp_jax has no `diagonal_metric`; leave out the setting `metric` or"
-            " install a newer one"
-        )
-    return factory(**({} if value is True else value))
+    """Return what true, false, `auto` or settings of a diagonal metric stand for."""
+    if not value or isinstance(value, str):
+        return value or None
+    return efcp_jax.diagonal_metric(**({} if value is True else value))
