@@ -164,7 +164,7 @@ def test_ggt_keeps_its_accuracy_for_small_eps(eps):
 def test_mfac_is_accurate_where_the_published_form_is_not():
     # The published ImageNet setting: rows of length 1, damping 1e-7, a large window.
     # Like gradients, the rows have a mean in common, here as long as their noise.
-    size, d, damping = 256, 200_000, 1e-7
+    size, d, damping = 256, 50_000, 1e-7
     key = jax.random.key(3)
 
     @jax.jit
