@@ -11,7 +11,6 @@ import optax
 
 from efcp_jax import _validate
 from efcp_jax.metrics import Metric, diagonal_metric
-from efcp_jax.metrics.base import optional
 
 
 # Entries a block of the sparse optimizers, and the share of them that is kept: offsets
@@ -47,7 +46,7 @@ def metric_of(
     Adam's metric. Where the unit is the published one, so is the optimizer.
     """
     if not (isinstance(metric, str) and metric == "auto"):
-        return optional(metric)
+        return metric
     relative = _validate.boolean("relative", relative)
     return diagonal_metric() if relative or ridge is None else None
 

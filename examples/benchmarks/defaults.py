@@ -25,14 +25,6 @@ import efcp_jax
 
 EPOCHS = 15
 
-EXPONENTS = range(1, -6, -1)
-RELATIVE = {"relative": True}  # in units of the window, as the defaults are
-DAMPING = [{"damping": 10.0**exponent, **RELATIVE} for exponent in EXPONENTS]
-EPS = [{"eps": 10.0**exponent, **RELATIVE} for exponent in EXPONENTS]
-# As published: in the unit of the gradient, and of the Euclidean metric.
-PUBLISHED_DAMPING = [{"damping": damping} for damping in (1e-2, 1e-4)]
-PUBLISHED_EPS = [{"eps": eps} for eps in (1e-2, 1e-4)]
-EUCLIDEAN = [{"metric": None}]
 WINDOWS = [{"window_size": window} for window in (16, 32)]
 SPARSE = [
     *({"density": kept / 128} for kept in (1, 8)),
@@ -46,15 +38,22 @@ SPARSE = [
 ]
 DIVISOR = [{"divisor": "filled"}]
 
-MFAC = [{}, *EUCLIDEAN, *DAMPING, *PUBLISHED_DAMPING]
-GGT = [{}, *EUCLIDEAN, *EPS, *PUBLISHED_EPS]
+
+def common(ridge: str) -> list[dict]:
+    """Return the settings of every optimizer whose damping is called `ridge`."""
+    relative = [{ridge: 10.0**n, "relative": True} for n in range(1, -6, -1)]
+    # As published: in the unit of the gradient, and of the Euclidean metric.
+    published = [{ridge: value} for value in (1e-2, 1e-4)]
+    return [{}, {"metric": None}, *relative, *published]
+
+
 SETTINGS = {
-    "sparse_mfac": [*MFAC, *WINDOWS, *DIVISOR, *SPARSE],
-    "mfac": MFAC,
-    "low_rank_mfac": MFAC,
-    "sparse_ggt": [*GGT, *WINDOWS, *SPARSE],
-    "ggt": GGT,
-    "low_rank_ggt": GGT,
+    "sparse_mfac": [*common("damping"), *WINDOWS, *DIVISOR, *SPARSE],
+    "mfac": common("damping"),
+    "low_rank_mfac": common("damping"),
+    "sparse_ggt": [*common("eps"), *WINDOWS, *SPARSE],
+    "ggt": common("eps"),
+    "low_rank_ggt": common("eps"),
 }
 
 

@@ -18,7 +18,7 @@ def start(address, process, processes, devices, first, last, directory):
     arguments = [address, process, processes, devices, first, last, directory]
     # The test's own process may force devices and platforms; the workers choose. They
     # compile as quickly as it does.
-    hidden = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
+    hidden = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     flags = os.environ["XLA_FLAGS"].split()
     environment["XLA_FLAGS"] = " ".join(f for f in flags if "device_count" not in f)

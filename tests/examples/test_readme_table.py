@@ -3,6 +3,7 @@
 from pathlib import Path
 import re
 
+import aliases
 from flax import nnx
 import jax.numpy as jnp
 import pytest
@@ -11,7 +12,6 @@ import efcp_jax
 
 
 ROOT = Path(__file__).parents[2]
-ALIASES = ["mfac", "sparse_mfac", "low_rank_mfac", "ggt", "sparse_ggt", "low_rank_ggt"]
 INT8 = [
     ("a sparse one with `value_dtype", "sparse_ggt", {"value_dtype": jnp.int8}),
     ("any of them with `error_dtype", "sparse_ggt", {"error_dtype": jnp.int8}),
@@ -27,7 +27,7 @@ def measured(start):
 
 @pytest.mark.parametrize(
     ("start", "name", "given"),
-    [*((f"`{name}` ", name, {}) for name in ALIASES), *INT8],
+    [*((f"`{name}` ", name, {}) for name in aliases.STRUCTURE), *INT8],
 )
 def test_measured_bytes_are_those_of_the_digits_network(
     load, monkeypatch, start, name, given

@@ -41,9 +41,13 @@ VARIANTS = {
 ALL = [*STRUCTURE, *VARIANTS]
 
 
+def ridge(name: str) -> str:
+    """Return what the optimizer calls the number that is added to its matrix."""
+    return "damping" if "mfac" in name else "eps"
+
+
 def hyperparameters(name: str) -> dict[str, float]:
-    ridge = "damping" if "mfac" in name else "eps"
-    return {"learning_rate": LEARNING_RATE, ridge: 0.25}
+    return {"learning_rate": LEARNING_RATE, ridge(name): 0.25}
 
 
 @functools.cache

@@ -5,8 +5,8 @@ import cases
 import jax
 import jax.numpy as jnp
 import optax
-import oracles
 import pytest
+from sharding_cases import worst
 
 import efcp_jax
 
@@ -14,14 +14,10 @@ import efcp_jax
 every_optimizer = pytest.mark.parametrize("name", aliases.STRUCTURE)
 
 
-def ridge(name):
-    return "damping" if "mfac" in name else "eps"
-
-
-def run(name, learning_rate=1.0, **given):
+def run(name, **given):
     """Return updates and state of an optimizer whose damping only `given` names."""
     make = getattr(efcp_jax, name)
-    tx = make(learning_rate, **aliases.STRUCTURE[name], **given)
+    tx = make(1.0, **aliases.STRUCTURE[name], **given)
     return aliases.run(tx, aliases.params(), gradients())
 
 
@@ -38,12 +34,12 @@ def gradients():
 @pytest.mark.parametrize("named", [{}, {"relative": True}])
 def test_units_of_the_window_are_those_of_the_metric(name, named):
     if named:
-        named = {**named, ridge(name): 0.25}
+        named = {**named, aliases.ridge(name): 0.25}
     default, state = run(name, **named)
     expected, expected_state = run(name, **named, metric=efcp_jax.diagonal_metric())
     aliases.assert_equal((default, state), (expected, expected_state))
     euclidean, _ = run(name, **named, metric=None)
-    assert apart(default, euclidean) > 0.1
+    assert worst(cases.vectors(default), cases.vectors(euclidean)) > 0.1
 
 
 @every_optimizer
@@ -51,11 +47,11 @@ def test_units_of_the_window_are_those_of_the_metric(name, named):
     "value", [0.25, jnp.float32(0.25), optax.constant_schedule(0.25)]
 )
 def test_the_published_unit_is_that_of_the_euclidean_metric(name, value):
-    named = {ridge(name): value}
+    named = {aliases.ridge(name): value}
     default, state = run(name, **named)
     aliases.assert_equal((default, state), run(name, **named, metric=None))
     inside, _ = run(name, **named, metric=efcp_jax.diagonal_metric())
-    assert apart(default, inside) > 0.1
+    assert worst(cases.vectors(default), cases.vectors(inside)) > 0.1
 
 
 @pytest.mark.parametrize("name", ["sparse_mfac", "low_rank_ggt"])
@@ -87,13 +83,3 @@ def test_what_is_no_metric_is_refused(name, metric):
 def test_relative_must_be_a_boolean_beside_the_default(name):
     with pytest.raises(TypeError, match="`relative`"):
         getattr(efcp_jax, name)(1.0, relative="yes")
-
-
-def apart(updates, others):
-    """Return how far two runs are from each other, relative to the second."""
-    return max(
-        oracles.relative_error(update, other)
-        for update, other in zip(
-            cases.vectors(updates), cases.vectors(others), strict=True
-        )
-    )
