@@ -3,7 +3,8 @@
 Under Auto mesh axes the partitioner decides where arrays live: what a step prefers
 would spread to the user's gradients and, by way of the updates, to the new parameters.
 So nothing is let through on the way in, and on the way out the update is put where the
-parameters are: behind a barrier, with no preference of its own, in one group with them.
+parameters are: behind a barrier, with no preference of its own, in one operation with
+them.
 """
 
 from collections.abc import Callable
@@ -11,17 +12,15 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
-from jax.extend.core import Primitive
-from jax.extend.mlir.dialects import sdy
-from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+
+from efcp_jax.experimental import propagation_barrier
 
 
 def inward(leaves: list[Any]) -> list[Any]:
     """Return the gradients `leaves`; where they live is not their users' concern."""
-    return _together(_barrier.bind, leaves)
+    return _together(propagation_barrier, leaves)
 
 
 def outward(leaves: list[Any], likes: list[Any], mesh: Any) -> list[Any]:
@@ -29,7 +28,7 @@ def outward(leaves: list[Any], likes: list[Any], mesh: Any) -> list[Any]:
 
     def free(value: Any) -> Any:
         anywhere = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * value.ndim)
-        value = _barrier.bind(value)
+        value = propagation_barrier(value)
         # Without this, replicated parameters would leave it to XLA where it lives.
         return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, anywhere))
 
@@ -39,7 +38,12 @@ def outward(leaves: list[Any], likes: list[Any], mesh: Any) -> list[Any]:
 
 def _beside(like: Any, value: Any) -> Any:
     if isinstance(like, Tracer):
-        return shard_alike(like, value)[1]
+        # Entry by entry of both, so that both are divided alike; which of them it is,
+        # is known too late for the choice to be simplified away.
+        never = jax.lax.optimization_barrier(jnp.zeros((), bool))
+        return jax.lax.select(
+            jnp.broadcast_to(never, value.shape), like.astype(value.dtype), value
+        )
     # Outside of traced functions it can be seen.
     at = getattr(like, "sharding", None)
     known = isinstance(at, NamedSharding)
@@ -65,23 +69,3 @@ def _together(function: Callable[[Any], Any], leaves: list[Any]) -> list[Any]:
         for index, part in zip(indices, parts, strict=True):
             made[index] = part
     return made
-
-
-# Of the enumeration `sdy.PropagationDirection`, which has no name in Python.
-_NO_DIRECTION = 0
-
-
-def _lower(context: Any, value: Any) -> list[Any]:
-    del context
-    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
-        return [value]
-    return [sdy.PropagationBarrierOp(value, _NO_DIRECTION).result]
-
-
-# An identity that shardings do not spread through.
-_barrier = Primitive("efcp_jax_barrier")
-_barrier.def_impl(lambda value: value)
-_barrier.def_abstract_eval(lambda value: value)
-ad.deflinear2(_barrier, lambda cotangent, _: [cotangent])
-batching.defvectorized(_barrier)
-mlir.register_lowering(_barrier, _lower)

@@ -9,10 +9,9 @@ import functools
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from efcp_jax.experimental import pl, plgpu
 from efcp_jax.passes import bits
 
 
@@ -23,10 +22,8 @@ _WARPS = 4
 
 def fits(values: jax.Array, weights: jax.Array, size: int) -> bool:
     """Return whether the kernel takes such a window: numbers of powers of two."""
-    lanes = values.shape[2]
-    return (
-        lanes % _BLOCKS == 0 and size & (size - 1) == 0 and weights.dtype == "float32"
-    )
+    whole = values.shape[2] % _BLOCKS == 0 and size & (size - 1) == 0
+    return plgpu is not None and whole and weights.dtype == "float32"
 
 
 def add(

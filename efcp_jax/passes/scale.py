@@ -2,7 +2,6 @@
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.numerics import power_of_two
@@ -29,16 +28,7 @@ def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]
 
 def _peak(array: jax.Array) -> jax.Array:
     """Return the largest magnitude, NaN if there is one, without a temporary."""
-    zero = jnp.zeros((), array.dtype)
-
-    # Older XLA on CPUs would write the magnitudes down.
-    def ends(array: jax.Array) -> jax.Array:
-        lowest = jnp.min(array, initial=zero)
-        return jnp.maximum(jnp.max(array, initial=zero), -lowest)
-
-    # XLA divides the maximum of leaves laid end to end into one for each leaf, which
-    # accelerators would launch one by one. It leaves that of magnitudes whole.
-    def magnitude(array: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(array), initial=zero)
-
-    return lax.platform_dependent(array, cpu=ends, default=magnitude)
+    # Not the larger of both ends: XLA divides the maximum of leaves laid end to end
+    # into one for each leaf, which accelerators launch one by one. That of magnitudes
+    # is left whole.
+    return jnp.max(jnp.abs(array), initial=jnp.zeros((), array.dtype))

@@ -80,7 +80,7 @@ def quantise(values: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     if jnp.issubdtype(dtype, jnp.integer):
         scaled = jnp.round(scaled)
     else:
-        # Older XLA rounds twice, to half precision first.
+        # A compiler may round twice, to half precision first.
         info = jnp.finfo(dtype)
         step = jnp.maximum(jnp.frexp(scaled)[1] - 1, info.minexp) - info.nmant
         scaled = jnp.ldexp(jnp.round(jnp.ldexp(scaled, -step)), step)

@@ -17,7 +17,15 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.passes import matching, reference, tpu_add, tpu_inner, tpu_select
+from efcp_jax.experimental import pltpu
+from efcp_jax.passes import (
+    matching,
+    reference,
+    tpu_add,
+    tpu_inner,
+    tpu_select,
+    tpu_tiles,
+)
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
 from efcp_jax.passes.places import shape
 from efcp_jax.passes.runs import part, sweep
@@ -36,14 +44,14 @@ def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.
     if kept == vector.shape[1]:
         values = reference.to_tiles(vector, lanes)
         return values, lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    if _fits(vector, lanes):
+    if tpu_tiles.fits(vector, lanes):
         return tpu_select.select(vector, kept)
     return matching.select(vector, kept=kept, lanes=lanes)
 
 
 def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return `vector` less the `values` at their places."""
-    if _fits(vector, values.shape[2]):
+    if tpu_tiles.fits(vector, values.shape[2]):
         weights = jnp.full(1, -1, vector.dtype)
         return tpu_add.add(values, offsets, weights, vector.shape[1], vector)
     return matching.residual(vector, values, offsets)
@@ -52,7 +60,7 @@ def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Ar
 def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     del size
-    if _fits(row.values, window.values.shape[2]):
+    if tpu_tiles.fits(row.values, window.values.shape[2]):
         scales = _scales(window, row.values.dtype)
         stored = window.values, window.offsets
         products = tpu_inner.inner(*stored, *row, scales=scales)
@@ -75,7 +83,7 @@ def combine(
     window: Tiled, weights: jax.Array, *, size: int, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    if not _fits(weights, window.values.shape[2]):
+    if not tpu_tiles.fits(weights, window.values.shape[2]):
         return matching.combine(window, weights, size=size, runs=runs)
     scales = _scales(window, weights.dtype)
     stored = window.values, window.offsets
@@ -94,17 +102,13 @@ def feeds(error: Any, dtype: np.dtype, lanes: int) -> bool:
         fits = error.values.shape[1] % LANES == 0
     else:
         fits = error.dtype.name in ("float32", "bfloat16")
-    return lanes == LANES and fits and dtype.name in COMMUTING
+    fits = fits and pltpu is not None and dtype.name in COMMUTING
+    return fits and lanes == LANES
 
 
 def _scales(window: Tiled, dtype: np.dtype) -> jax.Array | None:
     """Return the scale of each entry of each tile, if there are any."""
     return window.per_entry(dtype) if isinstance(window, ScaledRow) else None
-
-
-def _fits(array: jax.Array, lanes: int) -> bool:
-    """Return whether there are kernels for tiles of so many blocks of this dtype."""
-    return lanes == LANES and array.dtype == jnp.float32
 
 
 def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:

@@ -5,10 +5,9 @@ import math
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from efcp_jax.experimental import pl, pltpu
 from efcp_jax.passes import bits, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
@@ -19,9 +18,6 @@ _STEP = 32
 # Entries of a window that a program holds. More are added by several programs, so that
 # a window of any length fits in fast memory.
 _HELD = 1024
-
-# Programs may run in any order, but for those that add to the same blocks.
-_ADDING = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
 
 
 def add(
@@ -71,13 +67,14 @@ def add(
         columns = [pltpu.VMEM((part, LANES), jnp.float32)]
     call = pl.pallas_call(
         functools.partial(_add_kernel, size, kept, entries),
-        grid=(pl.cdiv(tiles, group), pl.cdiv(entries, held)),
+        grid=(-(-tiles // group), -(-entries // held)),
         in_specs=[row, row, each, *[vector] * len(turned)],
         out_specs=vector,
         out_shape=out,
         input_output_aliases={3: 0} if turned else {},
         cost_estimate=layout.cost(3 * values.size * size),
-        compiler_params=_ADDING,
+        # In any order, but for those that add to the same blocks.
+        compiler_params=layout.parallel("arbitrary"),
         scratch_shapes=columns,
         interpret=interpret,
     )

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from efcp_jax.experimental import pl
 from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.tpu_round import exponent_of, power

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from efcp_jax.experimental import pl, pltpu
 from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_errors, tpu_round, tpu_select, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
@@ -86,13 +85,13 @@ def feed(
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
     call = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(tiles, group),),
+        grid=(-(-tiles // group),),
         in_specs=[scalar, scalar, vector, *specs],
         out_specs=[*row, *specs],
         out_shape=[*tpu_select.rows(tiles, kept), *shapes],
         input_output_aliases={3 + i: 2 + i for i in range(form.arrays)},
         cost_estimate=layout.cost(tpu_select.ROUND * kept * gradient.size),
-        compiler_params=tpu_select.PARALLEL,
+        compiler_params=layout.parallel(),
         interpret=interpret,
     )
     one = lambda x: x.astype(jnp.int32).reshape(1, 1)

@@ -8,19 +8,15 @@ import functools
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from efcp_jax.experimental import pl
 from efcp_jax.passes import bits, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
 
 # Entries of a window that a program holds.
 _HELD = 256
-
-# Programs add up tile after tile.
-_ADDING = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
 
 
 def inner(
@@ -59,12 +55,12 @@ def inner(
     line = pl.BlockSpec((group, 1, part), lambda j, i: (i, 0, j))
     call = pl.pallas_call(
         functools.partial(_kernel, tiles),
-        grid=(pl.cdiv(entries, held), pl.cdiv(tiles, group)),
+        grid=(-(-entries // held), -(-tiles // group)),
         in_specs=[window, window, row, row, *[line] * len(lines)],
         out_specs=pl.BlockSpec((held, LANES), lambda j, i: (j, 0)),
         out_shape=out,
         cost_estimate=layout.cost(2 * (kept + 1) * values.size),
-        compiler_params=_ADDING,
+        compiler_params=layout.parallel("arbitrary"),
         interpret=interpret,
     )
     row_offsets = row_offsets.astype(jnp.int32)

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from efcp_jax.experimental import pl
 from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
 
@@ -19,8 +18,6 @@ _UNROLLED = 4
 
 # Operations an entry and round.
 ROUND = 12
-
-PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel",))
 
 
 def select(
@@ -42,12 +39,12 @@ def select(
     values, offsets = rows(tiles, kept)
     call = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(tiles, group),),
+        grid=(-(-tiles // group),),
         in_specs=[layout.vector_spec(group, size)],
         out_specs=[row_spec(group, kept)] * 2,
         out_shape=[values, offsets],
         cost_estimate=layout.cost(ROUND * kept * total.size),
-        compiler_params=PARALLEL,
+        compiler_params=layout.parallel(),
         interpret=interpret,
     )
     return layout.launch(call, [0], interpret, layout.turn(total, size))
@@ -110,6 +107,6 @@ def rows(tiles: int, kept: int) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32)]
 
 
-def row_spec(group: int, kept: int) -> pl.BlockSpec:
+def row_spec(group: int, kept: int) -> Any:
     """Return the part of values or offsets that a program writes."""
     return pl.BlockSpec((group, kept, LANES), lambda i: (i, 0, 0))

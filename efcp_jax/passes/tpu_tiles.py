@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+
+from efcp_jax.experimental import pl, pltpu
 
 
 # Lanes of a register: blocks of a tile, and entries that are transposed at a time.
@@ -23,18 +23,33 @@ LANES = 128
 _PROGRAM = 1 << 20
 
 
+def fits(array: jax.Array, lanes: int) -> bool:
+    """Return whether there are kernels for tiles of so many blocks of this dtype."""
+    return pltpu is not None and lanes == LANES and array.dtype == jnp.float32
+
+
 def group(tiles: int, width: int) -> int:
     """Return how many tiles, of `width` bytes a block, a program takes."""
     return max(1, min(tiles, _PROGRAM // (width * LANES)))
 
 
-def cost(operations: int) -> pl.CostEstimate:
+def cost(operations: int) -> Any:
     """Return the cost of so many operations.
 
     Bytes are left out: a kernel moves its operands and results once, which whoever
     reads the program counts from there.
     """
     return pl.CostEstimate(flops=operations, transcendentals=0, bytes_accessed=0)
+
+
+def parallel(*others: str) -> Any:
+    """Return that programs may run in any order along the first axis of their grid.
+
+    Args:
+        *others: The same for each further axis: "arbitrary" where one adds to what
+            another has made.
+    """
+    return pltpu.CompilerParams(dimension_semantics=("parallel", *others))
 
 
 def launch(
@@ -54,10 +69,12 @@ def launch(
     if interpret:
         return kernel(*operands)
 
+    held = lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
     @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> Any:
         each = enumerate(operands)
-        return kernel(*(_held(x) if i in main else x for i, x in each))
+        return kernel(*(held(x) if i in main else x for i, x in each))
 
     @call.def_vmap
     def _(size: int, batched: list[bool], *operands: jax.Array):
@@ -84,20 +101,13 @@ def _narrow(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _held(array: jax.Array) -> jax.Array:
-    held = pltpu.with_memory_space_constraint(array, pltpu.HBM)
-    # Older versions of JAX give it a type that nothing but kernels knows.
-    known = type(jax.typeof(held)) is type(jax.typeof(array))
-    return held if known else array
-
-
 def turn(vector: jax.Array, size: int) -> jax.Array:
     """Return `vector`, `(blocks, size)`, as kernels read it, or the reverse."""
     # XLA stores it so that this moves nothing.
     return vector if size % LANES == 0 else vector.T
 
 
-def vector_spec(group: int, size: int) -> pl.BlockSpec:
+def vector_spec(group: int, size: int) -> Any:
     """Return the part of a vector that a program takes: `group` tiles."""
     if size % LANES == 0:
         return pl.BlockSpec((group * LANES, size), lambda i, *_: (i, 0))

@@ -1,8 +1,8 @@
 """Compiled programs: made for devices that are not here, and what can be read off them.
 
 JAX's compilers for TPUs and NVIDIA GPUs come with the packages `jax[tpu]` and
-`jax[cuda12]` and compile for a described device. What they return tells most of what
-decides the speed of a step: bytes moved, temporaries, kernels.
+`jax[cuda12]` or `jax[cuda13]`, and compile for a described device. What they return
+tells most of what decides the speed of a step: bytes moved, temporaries, kernels.
 """
 
 import collections
@@ -19,8 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 
-# Where a package holds the compiler of a platform.
-COMPILERS = {"cpu": "jaxlib", "tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+# The packages of which one holds the compiler of a platform.
+COMPILERS = {
+    "cpu": ("jaxlib",),
+    "tpu": ("libtpu",),
+    "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+}
 DEVICES = {"cpu": "CPU", "tpu": "TPU v5e", "cuda": "H100"}
 
 _V5E = "v5e:2x2x1"
@@ -92,8 +96,8 @@ class _Instruction:
 
 def missing(platform: str) -> str | None:
     """Return which package is missing to compile for `platform`, if one is."""
-    package = COMPILERS[platform]
-    return None if importlib.util.find_spec(package) else package
+    packages = COMPILERS[platform]
+    return None if any(map(importlib.util.find_spec, packages)) else packages[0]
 
 
 def described(platform: str) -> list[Any]:

@@ -166,10 +166,9 @@ def test_partitioned_boxes_come_back_around_the_updates(name):
 
 
 def explicit_mesh():
-    """Return the mesh that `jax.make_mesh` makes by default as of JAX 0.9."""
+    """Return the mesh that `jax.make_mesh` makes by default."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    assert version < (0, 9) or mesh == jax.make_mesh((4,), ("x",))
+    assert mesh == jax.make_mesh((4,), ("x",))
     return mesh
 
 

@@ -54,14 +54,6 @@ NOT_APPLICABLE = {
     "ZoomLinesearchTest": "All other tests take no optimizer.",
     "TransformTest": "All other tests are about Optax's own transformations.",
 }
-if optax_suites.VERSION < (0, 2, 8):
-    NOT_APPLICABLE["AccumulationTest.test_multi_steps_scan_dtype_stability"] = (
-        "Optax has it as of 0.2.8."
-    )
-    NOT_APPLICABLE["AccumulationTest.test_multi_steps_mixed_precision"] = (
-        "`MultiSteps` fails for every optimizer whose updates have the dtype of the"
-        " gradients, `optax.sgd` too."
-    )
 
 
 def _small(name: str):
@@ -322,16 +314,3 @@ def test_the_suites_of_wrappers_pass(name, path, case):
         lists=lists,
         names=_in_place_of_optax(name, path),
     )
-
-
-@pytest.mark.skipif(optax_suites.VERSION >= (0, 2, 8), reason="repaired in Optax 0.2.8")
-def test_multi_steps_of_older_optax_fails_for_sgd_too():
-    path, case = "transforms/_accumulation_test.py", "AccumulationTest"
-    entry = {"opt_name": "sgd", "opt_kwargs": {"learning_rate": 0.1}}
-    module = optax_suites.load(path, lists={"OPTIMIZERS_TO_TEST": [entry]})
-    with pytest.raises(AssertionError, match="must have equal output types"):
-        optax_suites.run(
-            getattr(module, case),
-            ["test_multi_steps_mixed_precision"],
-            optax_suites.functions_of(path, case),
-        )

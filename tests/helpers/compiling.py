@@ -18,13 +18,18 @@ import pytest
 
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
-PACKAGES = {"cpu": "jaxlib", "tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+# One of these holds the compiler.
+PACKAGES = {
+    "cpu": ("jaxlib",),
+    "tpu": ("libtpu",),
+    "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+}
 
 
 def missing(platform: str) -> str | None:
     """Return the package that is missing to compile for `platform`, if one is."""
-    package = PACKAGES[platform]
-    return None if importlib.util.find_spec(package) else package
+    packages = PACKAGES[platform]
+    return None if any(map(importlib.util.find_spec, packages)) else packages[0]
 
 
 def environment() -> dict[str, str]:

@@ -22,9 +22,6 @@ import jax
 import optax
 
 
-VERSION = tuple(int(part) for part in optax.__version__.split(".")[:3])
-
-
 def source(path: str) -> pathlib.Path:
     """Return where the file `path` of optax is, or would be."""
     return pathlib.Path(optax.__file__).parent / path

@@ -1,0 +1,99 @@
+"""What a later JAX may move or lack: the one file that reaches for it.
+
+Kernels are written in Pallas, and the partitioner is stopped by an operation of its
+own. Neither is promised to stay. A part that is missing, whole or by a name, is
+replaced by what every JAX has, which is slower or leaves more to the compiler; never by
+other numbers. One warning says which part it was.
+"""
+
+from collections.abc import Callable
+from typing import Any
+import warnings
+
+import jax
+
+
+# Every name of Pallas that is used. Who uses it takes the modules from here, of which
+# one that is missing is None.
+_PALLAS = (
+    *("BlockSpec", "CostEstimate", "ds", "multiple_of", "num_programs"),
+    *("pallas_call", "program_id", "when"),
+)
+_PALLAS_TPU = ("CompilerParams", "HBM", "SMEM", "VMEM", "with_memory_space_constraint")
+_PALLAS_TRITON = ("CompilerParams", "store")
+
+
+def _pallas() -> Any:
+    from jax.experimental import pallas
+
+    return _with(pallas, _PALLAS)
+
+
+def _tpu() -> Any:
+    from jax.experimental.pallas import tpu
+
+    return _with(tpu, _PALLAS_TPU)
+
+
+def _triton() -> Any:
+    from jax.experimental.pallas import triton
+
+    return _with(triton, _PALLAS_TRITON)
+
+
+def _barrier() -> Callable[[Any], Any]:
+    """Return an identity that shardings do not spread through."""
+    from jax.extend.core import Primitive
+    from jax.extend.mlir.dialects import sdy
+    from jax.interpreters import ad, batching, mlir
+
+    # Of the enumeration `sdy.PropagationDirection`, which has no name in Python.
+    no_direction = 0
+    operation = sdy.PropagationBarrierOp
+
+    def lower(context: Any, value: Any) -> list[Any]:
+        del context
+        if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+            return [value]
+        return [operation(value, no_direction).result]
+
+    barrier = Primitive("efcp_jax_barrier")
+    barrier.def_impl(lambda value: value)
+    barrier.def_abstract_eval(lambda value: value)
+    ad.deflinear2(barrier, lambda cotangent, _: [cotangent])
+    batching.defvectorized(barrier)
+    mlir.register_lowering(barrier, lower)
+    return barrier.bind
+
+
+def _with(module: Any, names: tuple[str, ...]) -> Any:
+    """Return `module`, which has all of `names`."""
+    for name in names:
+        getattr(module, name)
+    return module
+
+
+def _or(otherwise: Any, make: Callable[[], Any], loss: str) -> Any:
+    """Return what `make` returns, or `otherwise` and a warning of the `loss`."""
+    try:
+        return make()
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"JAX {jax.__version__} lacks a part that efcp_jax uses where there is one"
+            f" ({error}). Without it {loss}. Results are the same.",
+            stacklevel=2,
+        )
+        return otherwise
+
+
+_SLOWER = "TPUs make a step in more passes, all by XLA"
+_COPIES = "GPUs sum the window by XLA, with a copy of it in float32"
+
+pl = _or(None, _pallas, f"{_SLOWER}, and {_COPIES}")
+pltpu = pl and _or(None, _tpu, _SLOWER)
+plgpu = pl and _or(None, _triton, _COPIES)
+propagation_barrier = _or(
+    lambda value: value,
+    _barrier,
+    "parameters on Auto mesh axes may be moved by the partitioner: pass `sharding`",
+)
