@@ -69,8 +69,6 @@ from efcp_jax.states import (
     ScaleByMfacState as ScaleByMfacState,
 )
 from efcp_jax.transforms import (
-    AdaptiveDampingState as AdaptiveDampingState,
-    adaptive_damping as adaptive_damping,
     error_feedback as error_feedback,
     in_metric as in_metric,
     scale_by_ggt as scale_by_ggt,

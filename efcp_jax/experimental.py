@@ -1,7 +1,7 @@
 """What a later JAX may move or lack: the one file that reaches for it.
 
-Kernels are written in Pallas, and the partitioner is stopped by an operation of its
-own. Neither is promised to stay. A part that is missing, whole or by a name, is
+Kernels for TPUs are written in Pallas, and the partitioner is stopped by an operation
+of its own. Neither is promised to stay. A part that is missing, whole or by a name, is
 replaced by what every JAX has, which is slower or leaves more to the compiler; never by
 other numbers. One warning says which part it was.
 """
@@ -20,7 +20,6 @@ _PALLAS = (
     *("pallas_call", "program_id", "when"),
 )
 _PALLAS_TPU = ("CompilerParams", "HBM", "SMEM", "VMEM", "with_memory_space_constraint")
-_PALLAS_TRITON = ("CompilerParams", "store")
 
 
 def _pallas() -> Any:
@@ -33,12 +32,6 @@ def _tpu() -> Any:
     from jax.experimental.pallas import tpu
 
     return _with(tpu, _PALLAS_TPU)
-
-
-def _triton() -> Any:
-    from jax.experimental.pallas import triton
-
-    return _with(triton, _PALLAS_TRITON)
 
 
 def _barrier() -> Callable[[Any], Any]:
@@ -87,11 +80,9 @@ def _or(otherwise: Any, make: Callable[[], Any], loss: str) -> Any:
 
 
 _SLOWER = "TPUs make a step in more passes, all by XLA"
-_COPIES = "GPUs sum the window by XLA, with a copy of it in float32"
 
-pl = _or(None, _pallas, f"{_SLOWER}, and {_COPIES}")
+pl = _or(None, _pallas, _SLOWER)
 pltpu = pl and _or(None, _tpu, _SLOWER)
-plgpu = pl and _or(None, _triton, _COPIES)
 propagation_barrier = _or(
     lambda value: value,
     _barrier,

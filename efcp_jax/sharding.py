@@ -67,7 +67,6 @@ from efcp_jax.devices.shardings import (
     param_shardings,
     place,
 )
-from efcp_jax.devices.upgrade import upgrade
 
 
 def state_shardings(
@@ -165,31 +164,6 @@ def abstract_state(
     """
     expand = lambda leaf: leaf.arrays if isinstance(leaf, Description) else leaf
     return jax.tree.map(expand, describe(tx, params))
-
-
-def upgrade_state(
-    saved: Any, tx: optax.GradientTransformation, params: chex.ArrayTree
-) -> chex.ArrayTree:
-    """Return a state that version 0.1.0 saved on one device, in the shapes of today.
-
-    Args:
-        saved: What was saved, as a checkpointer returns it without being told a
-            structure: nested dictionaries and lists of arrays, whose names are those of
-            the state's fields.
-        tx: The transformation, of the arguments that it was saved with. Where its
-            defaults have changed since, they must be given: `block_size=4096` and
-            `density=0.01` for the sparse optimizers.
-        params: The parameters, or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        The state to go on with, on the devices of `params`. Nothing is rounded or
-        recomputed.
-
-    Raises:
-        ValueError: A part of the state is missing.
-    """
-    state = upgrade(saved, describe(tx, params))
-    return jax.tree.map(place, state, state_shardings(tx, params))
 
 
 def reshard_state(

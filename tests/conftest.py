@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 
 
 # Several JAX processes that share the cores make LAPACK's threads wait on each other.
@@ -37,19 +38,48 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every",
         type=int,
-        default=1,
+        default=8,
         metavar="N",
-        help="of each test function only the first case, and every N-th behind it",
+        help="of the cases of a test function the first and every N-th (default 8)",
     )
 
 
+def pytest_configure(config):
+    """Let all processes of a run share what they compile, and nobody else."""
+    if hasattr(config, "workerinput"):
+        folder = config.workerinput["programs"]
+    else:
+        config.programs = tempfile.TemporaryDirectory(prefix="programs-")
+        folder = config.programs.name
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        config.programs.cleanup()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell a process that runs tests where the programs are."""
+    node.workerinput["programs"] = node.config.programs.name
+
+
+# Marks of tests whose every case counts.
+_WHOLE = ("whole", "compile_cuda", "compile_tpu", "fuzz")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave cases out, but no function: `--every 16` keeps a seventh of them."""
+    """Leave cases out, but no function."""
     every, seen, kept, left_out = config.getoption("every"), {}, [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
         seen[function] = seen.get(function, -1) + 1
-        (left_out if seen[function] % every else kept).append(item)
+        whole = any(map(item.get_closest_marker, _WHOLE))
+        kept_here = whole or seen[function] % every == 0
+        (kept if kept_here else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 

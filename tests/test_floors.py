@@ -9,6 +9,8 @@ import pytest
 import efcp_jax
 
 
+pytestmark = pytest.mark.whole
+
 ROOT = pathlib.Path(efcp_jax.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 SOURCES = [path for path in FILES if str(path) != "__init__.py"]
@@ -19,7 +21,6 @@ PUBLIC = {
     "top_k",
     "low_rank",
     "by_label",
-    "adaptive_damping",
     "error_feedback",
     "scale_by_mfac",
     "scale_by_ggt",
@@ -62,7 +63,6 @@ CHECKS = {"_validate", "_validate_trees"}
 M_BY_M = {"preconditioners/system.py", "preconditioners/root.py"}
 # Types of states, for isinstance and annotations.
 STATES = {
-    "AdaptiveDampingState",
     "ErrorFeedbackState",
     "MonitorState",
     "ScaleByMfacState",

@@ -14,6 +14,8 @@ import pytest
 import efcp_jax
 
 
+pytestmark = pytest.mark.whole
+
 MFAC = efcp_jax.scale_by_mfac
 GGT = efcp_jax.scale_by_ggt
 OPTIMIZERS = {name: getattr(efcp_jax, name) for name in aliases.STRUCTURE}
@@ -89,7 +91,7 @@ BAD = [
     ("value_dtype", VALUES, jnp.complex64, ValueError, "floating", "jnp.bfloat16"),
     (
         "block_diagonal",
-        {"low_rank": efcp_jax.low_rank},
+        EVERY,
         "yes",
         TypeError,
         "True or False",

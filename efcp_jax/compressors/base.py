@@ -161,10 +161,6 @@ class Space(Protocol):
         """Return what moves states of this space to `new`, one of its kind."""
         ...
 
-    def upgrader(self) -> Mover:
-        """Return what moves states that version 0.1.0 saved on one device here."""
-        ...
-
 
 def feed(
     space: Space,

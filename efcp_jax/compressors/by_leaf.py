@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from efcp_jax.compressors import many_grams
-from efcp_jax.compressors.base import Compressor, Mover, Space
+from efcp_jax.compressors.base import Compressor, Space
 from efcp_jax.compressors.groups import distinct
 from efcp_jax.compressors.part_movers import LeafMover
 from efcp_jax.devices.layout import Layout, Leaf
@@ -230,12 +230,6 @@ class ByLeafSpace:
 
     def mover(self, new: "ByLeafSpace") -> LeafMover:  # noqa: D102
         return LeafMover(self, new)
-
-    def upgrader(self) -> Mover:  # noqa: D102
-        raise ValueError(
-            "Version 0.1.0 had no `block_diagonal` for this compressor, so it has saved"
-            " no state of it. Pass the transformation that the state was saved with."
-        )
 
 
 def _divided(count: int, x: jax.Array) -> jax.Array:

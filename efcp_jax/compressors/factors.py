@@ -18,7 +18,6 @@ from efcp_jax.compressors.groups import Group
 from efcp_jax.compressors.matrix import Matrix
 from efcp_jax.compressors.movers import FactorMover
 from efcp_jax.compressors.orthonormal import orthonormal
-from efcp_jax.compressors.versions import FactorUpgrader
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import Routine, together
 from efcp_jax.numerics import contract, roots
@@ -230,9 +229,6 @@ class LowRankSpace:
 
     def mover(self, new: "LowRankSpace") -> FactorMover:  # noqa: D102
         return FactorMover(self, new)
-
-    def upgrader(self) -> FactorUpgrader:  # noqa: D102
-        return FactorUpgrader(self)
 
 
 def _random(matrix: Matrix, dtype: Any) -> jax.Array:

@@ -147,6 +147,3 @@ class IdentitySpace:
 
     def mover(self, new: "IdentitySpace") -> DenseMover:  # noqa: D102
         return DenseMover(self.blocks, new.blocks)
-
-    def upgrader(self) -> DenseMover:  # noqa: D102
-        return DenseMover(self.blocks, self.blocks)  # nothing has changed

@@ -228,12 +228,6 @@ class LabelledSpace:
         movers = {a.label: a.space.mover(b.space) for a, b in pairs}
         return LabelledMover(movers, self.block_diagonal)
 
-    def upgrader(self) -> LabelledMover:  # noqa: D102
-        raise ValueError(
-            "Version 0.1.0 had no `by_label`, so it has saved no state of it. Pass the"
-            " transformation that the state was saved with."
-        )
-
 
 def _bases(bases: Parts) -> Parts | None:
     """Return the bases of the parts that have one; None if none has."""

@@ -1,7 +1,6 @@
 """Low rank: a pair of thin factors for every matrix of the gradient."""
 
 import dataclasses
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,6 @@ class LowRank:
 def low_rank(
     rank: int = 4,
     *,
-    block_diagonal: bool | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
 ) -> LowRank:
     r"""Keep a factorisation of low rank of every matrix.
@@ -52,8 +50,6 @@ def low_rank(
     Args:
         rank: Columns of the factors, at least 1. A leaf that factors of this rank would
             not make smaller, which includes every vector and scalar, is kept whole.
-        block_diagonal: Deprecated: an argument of `scale_by_mfac`, `scale_by_ggt` and
-            the optimizers now, for every compressor.
         value_dtype: Floating dtype of the stored factors. None stores them in the
             working dtype (float32, or float64 for float64 parameters); error feedback
             carries the rounding of `jnp.bfloat16` over to the next step.
@@ -83,16 +79,7 @@ def low_rank(
         the matrix with r columns, and about 2 m r^2 (rows + cols) and 2 m r rows cols
         operations for the Gram matrix and the update.
     """
-    if block_diagonal is not None:
-        block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
-        warnings.warn(
-            "`block_diagonal` of `low_rank` is deprecated and goes with the next"
-            " release. Pass it to `scale_by_mfac`, `scale_by_ggt` or the optimizer.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
     return LowRank(
         rank=_validate.positive_int("rank", rank),
-        block_diagonal=bool(block_diagonal),
         value_dtype=_validate.floating_dtype("value_dtype", value_dtype),
     )

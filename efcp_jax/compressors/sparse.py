@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import SparseMover
-from efcp_jax.compressors.versions import SparseUpgrader
 from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import saturate
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
@@ -145,6 +144,3 @@ class SparseSpace:
 
     def mover(self, new: "SparseSpace") -> SparseMover:  # noqa: D102
         return SparseMover(self, new)
-
-    def upgrader(self) -> SparseUpgrader:  # noqa: D102
-        return SparseUpgrader(self)

@@ -12,11 +12,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.passes import gpu_add, matching, reference
-from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
+from efcp_jax.passes import reference
+from efcp_jax.passes.entries import SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import (
     MOST_MATCHES,
     by_row,
+    combine as combine,
     matched,
     residual as residual,
     select as select,
@@ -44,24 +45,6 @@ def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
     offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
     taken = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
     return by_row(window.load(vector.dtype) * reference.to_tiles(taken, lanes), kept)
-
-
-def combine(
-    window: Tiled, weights: jax.Array, *, size: int, runs: Any
-) -> list[jax.Array]:
-    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    if gpu_add.fits(window.values, weights, size):
-        each = reference.per_entry(window, weights)[:, 0]
-        if isinstance(window, ScaledRow):
-            each = each * window.per_entry(each.dtype)
-        stored = window.values, window.offsets, each
-        leaves = [leaf for run in runs for leaf in run]
-        if len(leaves) == 1:  # written as it is
-            return [gpu_add.add(*stored, size, *leaves)]
-        count = window.values.shape[0] * window.values.shape[2] * size
-        blocks = gpu_add.add(*stored, size, count).reshape(-1, size)
-        return reference.cut(blocks, runs)
-    return matching.combine(window, weights, size=size, runs=runs)
 
 
 def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:

@@ -1,9 +1,5 @@
 """The gradient transformations that users chain: error feedback, M-FAC and GGT."""
 
-from efcp_jax.transforms.adaptive_damping import (
-    AdaptiveDampingState as AdaptiveDampingState,
-    adaptive_damping as adaptive_damping,
-)
 from efcp_jax.transforms.error_feedback import error_feedback as error_feedback
 from efcp_jax.transforms.in_metric import (
     InMetricState as InMetricState,

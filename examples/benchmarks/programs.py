@@ -59,7 +59,7 @@ _LAUNCHED = {
 }  # fmt: skip
 
 # Custom calls that are kernels of Pallas. XLA counts no bytes for them.
-_PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
+_PALLAS = ("tpu_custom_call",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,9 @@ import pytest
 
 FLAT = {"percent": 45, "instructions": 3000}
 H100 = {"atomics": 0}
+# With JAX 0.12 outputs hold no temporaries on TPUs. One is the gradient in the metric,
+# 46.8 MB, which lay where the update is returned.
+VECTOR = {"percent": 47}
 
 # Most gigabytes moved, percent of the state that is temporary, kernels and so on.
 BUDGETS = {
@@ -36,30 +39,33 @@ BUDGETS = {
         },
         "sparse-ggt-1/128-m64-flat": FLAT | {"gigabytes": 0.8},
         "sparse-1/128-m64-transformer": {"gigabytes": 1.5, "kernels": 650},
-        "sparse_mfac-flat": FLAT | {"gigabytes": 1.3},
-        "ggt-metric-2/128-m16-flat": FLAT | {"gigabytes": 1.4},
+        "sparse_mfac-flat": FLAT | VECTOR | {"gigabytes": 1.3},
+        "ggt-metric-2/128-m16-flat": FLAT | VECTOR | {"gigabytes": 1.4},
         "ggt-metric-2/128-m16-transformer": {"gigabytes": 2.2, "kernels": 1300},
         "low-rank-4-m64-equal": {"kernels": 300},
-        "low-rank-4-m64-transformer": {"kernels": 600},
+        # One copy a leaf is of the update, into the buffer of its own that is returned.
+        "low-rank-4-m64-transformer": {"kernels": 660},
         # Of this 1.73 are in main memory: two passes over the window, three reads of a
         # row and two writes. The rest is a row scaled and chosen in fast memory.
         "dense-m16-flat": {"gigabytes": 2.2},
         "dense-m16-transformer": {"gigabytes": 5, "kernels": 650},
     },
+    # XLA sums rows in whole blocks, of which the update is cut: a vector, 46.8 MB of
+    # the flat model and 84 MB of the transformer, unless what follows reads it there.
     "cuda": {
         "sparse-1/128-m256-flat": FLAT | H100 | {"kernels": 80},
-        "sparse-2/128-m64-flat": FLAT | H100 | {"kernels": 80},
-        "sparse-1/128-m1024-flat": H100 | {"percent": 45},
-        "int8-1/128-m1024-flat": H100 | {"percent": 45, "kernels": 120},
-        "float8-1/128-m1024-flat": H100 | {"percent": 45, "kernels": 120},
-        "byte-error-2/128-m64-flat": H100 | {"percent": 5, "kernels": 85},
-        "gradient-2/128-m64-flat": H100 | {"percent": 70, "kernels": 90},
-        "by-leaf-2/128-m64-transformer": H100 | {"percent": 45, "kernels": 250},
-        "sparse-ggt-1/128-m64-flat": FLAT | H100,
-        "sparse-1/128-m64-transformer": H100 | {"percent": 80, "kernels": 750},
-        "sparse_mfac-flat": FLAT | H100 | {"percent": 60},
-        "ggt-metric-2/128-m16-flat": FLAT | H100 | {"kernels": 80},
-        "ggt-metric-2/128-m16-transformer": H100 | {"percent": 100, "kernels": 1300},
+        "sparse-2/128-m64-flat": FLAT | H100 | {"percent": 60, "kernels": 80},
+        "sparse-1/128-m1024-flat": H100 | {"percent": 20},
+        "int8-1/128-m1024-flat": H100 | {"percent": 25, "kernels": 120},
+        "float8-1/128-m1024-flat": H100 | {"percent": 25, "kernels": 120},
+        "byte-error-2/128-m64-flat": H100 | {"percent": 105, "kernels": 85},
+        "gradient-2/128-m64-flat": H100 | {"percent": 120, "kernels": 90},
+        "by-leaf-2/128-m64-transformer": H100 | {"percent": 45, "kernels": 480},
+        "sparse-ggt-1/128-m64-flat": FLAT | H100 | {"percent": 75},
+        "sparse-1/128-m64-transformer": H100 | {"percent": 125, "kernels": 100},
+        "sparse_mfac-flat": FLAT | H100 | {"percent": 50},
+        "ggt-metric-2/128-m16-flat": FLAT | H100 | {"percent": 50, "kernels": 80},
+        "ggt-metric-2/128-m16-transformer": H100 | {"percent": 110, "kernels": 1000},
         "low-rank-4-m64-equal": H100 | {"kernels": 300},
         "low-rank-4-m64-transformer": H100 | {"kernels": 800},
         "dense-m16-transformer": H100 | {"percent": 15, "kernels": 100},

@@ -99,9 +99,10 @@ def test_low_rank_of_replicated_parameters_gathers_every_entry_once(chips):
     factors = LAYERS * 4 * (5 * width + 2 * hidden)
     assert max(summed) <= factors  # rows are divided: right factors, r a column
     assert len(summed) <= 6
-    # The gradient is cut before it is stacked, so what is whole is the update alone.
+    # The gradient is cut before it is stacked, so what is whole is the update alone,
+    # beside the shares and a part of the update on its way to where it is returned.
     memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * entries(shapes)
+    assert memory.temp_size_in_bytes < 1.25 * 4 * entries(shapes)
 
 
 def test_leaves_that_go_to_another_division_travel_by_shape():

@@ -16,6 +16,8 @@ import pytest
 import efcp_jax
 
 
+pytestmark = pytest.mark.whole
+
 PACKAGE = Path(efcp_jax.__file__).parent
 X = jnp.zeros(3)
 NAN = math.nan
@@ -47,7 +49,7 @@ REFUSED = [
     ("density", ("top_k", "sparse_mfac", "sparse_ggt"), [0, -0.1, 1.1, NAN, "1", X]),
     ("block_size", ("top_k", "sparse_mfac", "sparse_ggt"), [0, -4, 2.0, "4", X]),
     ("rank", ("low_rank", "low_rank_mfac", "low_rank_ggt"), [0, -1, 1.5, "2", X]),
-    ("block_diagonal", ("low_rank", *SCALES, *ALIASES), [1, "yes", X]),
+    ("block_diagonal", (*SCALES, *ALIASES), [1, "yes", X]),
     ("value_dtype", DTYPED, ["nonsense", jnp.int32, jnp.complex64]),
     ("error_dtype", SKIPPING, ["nonsense", jnp.int16, jnp.complex64]),
     ("skip_nonfinite", SKIPPING, [1, "no", None, X]),

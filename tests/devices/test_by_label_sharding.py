@@ -132,7 +132,7 @@ def test_a_state_moves_to_other_devices_and_goes_on(before, after):
     assert cases.worst(results, expected) < TOLERANCE
 
 
-def test_states_of_other_labels_or_of_version_0_1_0_are_not_moved():
+def test_states_of_other_labels_are_not_moved():
     params = cases.params()
     swapped = by_label(
         {"matrix": low_rank(2), "table": top_k(0.25), "rest": identity()},
@@ -143,5 +143,3 @@ def test_states_of_other_labels_or_of_version_0_1_0_are_not_moved():
     state = tx.init(params)
     with pytest.raises(ValueError, match="label parameters differently"):
         reshard_state(state, (tx, params), (other, params))
-    with pytest.raises(ValueError, match="had no `by_label`"):
-        efcp_jax.sharding.upgrade_state(state, tx, params)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.passes import gpu_add, tpu, tpu_add, tpu_inner, tpu_select
+from efcp_jax.passes import tpu, tpu_add, tpu_inner, tpu_select
 from efcp_jax.passes.entries import SparseRow
 from efcp_jax.passes.scaled import ScaledRow
 
@@ -38,12 +38,11 @@ _KERNELS = [
     (tpu, "feed"),
     (tpu_add, "add"),
     (tpu_inner, "inner"),
-    (gpu_add, "add"),
 ]
 
 
 def interpret_kernels(monkeypatch):
-    """Run the kernels for TPUs and GPUs on the CPU; return the names of those used."""
+    """Run the kernels for TPUs on the CPU; return the names of those used."""
     used = set()
     for module, name in _KERNELS:
         kernel = functools.partial(getattr(module, name), interpret=True)

@@ -43,11 +43,6 @@ KERNELS = {
     ("tpu", "top_k-tiles-f16"): SUMS | {"tpu_select.select"},
     ("tpu", "top_k-tiles-int8"): SUMS | {"tpu.feed"},
     ("tpu", "top_k-tiles-f8"): SUMS | {"tpu.feed"},
-    ("cuda", "top_k-tiles"): {"gpu_add.add"},
-    ("cuda", "top_k-tiles-int8"): {"gpu_add.add"},
-    ("cuda", "top_k-tiles-f8"): {"gpu_add.add"},
-    ("cuda", "top_k-tiles-bf16"): {"gpu_add.add"},
-    ("cuda", "top_k-tiles-f16"): {"gpu_add.add"},
 }
 # Method, compressor and whether steps are skipped.
 RUNS = [
