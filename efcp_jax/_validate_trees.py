@@ -20,6 +20,7 @@ def floating_leaves(tree: Any, name: str = "params") -> None:
                 f"`{name}` must be a tree of floating or complex arrays, got {leaf!r}"
                 f" of type {type(leaf).__name__} at {name}{_name(path)}."
             ) from error
+        _no_bytes(f"{name}{_name(path)}", dtype)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
                 f"`{name}` must be floating or complex arrays, got dtype {dtype} at"
@@ -99,6 +100,7 @@ def same_state(state: Any, expected: Any, updates: Any) -> None:
                 f"{text} state{path} has shape {jnp.shape(leaf)}, expected"
                 f" {like.shape}.{remedy}"
             )
+        _no_bytes(f"state{path}", _dtype(leaf), like.dtype)
         if _dtype(leaf) != like.dtype:
             raise ValueError(
                 f"{text} state{path} has dtype {_dtype(leaf)}, expected"
@@ -129,6 +131,16 @@ def _dtype(leaf: Any) -> Any:
     """Return the dtype of an array, a Python number or a `jax.ShapeDtypeStruct`."""
     dtype = getattr(leaf, "dtype", None)
     return jnp.result_type(leaf) if dtype is None else dtype
+
+
+def _no_bytes(name: str, dtype: Any, wanted: Any = "bfloat16") -> None:
+    """Raise if `dtype` is that of bytes that have lost their type."""
+    if getattr(dtype, "kind", "") == "V" and not jnp.issubdtype(dtype, jnp.number):
+        raise ValueError(
+            f"{name} holds bytes without a type, {dtype}, as `np.load` returns numbers"
+            " that NumPy has no dtype of its own for. View them as what they were, for"
+            f" example `array.view(jnp.{wanted})`, before they are passed."
+        )
 
 
 def _is_complex(dtype: Any) -> bool:

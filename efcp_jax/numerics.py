@@ -1,6 +1,7 @@
 """Products, casts and scales that lose nothing they need not lose."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -77,6 +78,17 @@ def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale, inverse = jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
     zero = jnp.zeros_like(peak)
     return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)
+
+
+def not_vanished(value: Any) -> Any:
+    """Return `value`, or where it is a zero of float16 the least number that is not.
+
+    `optax.inject_hyperparams` rounds hyperparameters to the dtype of the parameters, in
+    which `damping=1e-8` is zero.
+    """
+    if getattr(value, "dtype", None) != jnp.float16:
+        return value
+    return jnp.where(value == 0, jnp.finfo(jnp.float16).smallest_subnormal, value)
 
 
 def roots(factor: chex.Numeric, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:

@@ -19,8 +19,7 @@ from efcp_jax.devices.boxes import strip_boxes
 def _stand_in() -> type:
     """Return the type that `optax.tree.map_params` initialises with.
 
-    It stands for parameters of any structure. States here depend on that structure
-    beyond fields that mirror it, so it is answered with that of the last state.
+    It stands for parameters of any structure.
     """
     found: list[type] = []
 
@@ -51,21 +50,15 @@ def transformation(
     def space_of(tree, dtype, placed):
         return compressor.bind(placement.layout(tree, dtype, placed))
 
-    # The structure of the last state made or taken, for `optax.tree.map_params`.
-    structure: list[Any] = [None]
-
     def init_fn(params):
-        known, asked = structure[0], description.asked()
-        if known is not None and not asked and isinstance(params, _STAND_IN):
-            return known.unflatten([0] * known.num_leaves)
         params = strip_boxes(params)
         _validate_trees.floating_leaves(params)
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
         state = description.start(init, space, placed, specs(space), params)
-        if not asked:
-            structure[0] = jax.tree.structure(state)
-        return state
+        if isinstance(params, _STAND_IN):
+            return _outline(state)
+        return state if placed is not None else placement.beside(state, params)
 
     def match(updates, state, placed):
         """Return whether `state` fits `placed`, the space, and what it should be."""
@@ -91,15 +84,16 @@ def transformation(
         del extra_args
         given = jax.tree.structure(updates)
         updates, params = strip_boxes(updates), strip_boxes(params)
-        like = updates if params is None else params
+        like = updates if params is None else _beside(updates, params)
         _validate_trees.floating_leaves(updates, "updates")
         _validate_trees.same_trees(updates, like)
         placed, space = fitting(updates, like, state)
-        structure[0] = jax.tree.structure(state)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
             for name, value in hyperparameters.items()
         }
+        # Restored by a checkpointer, they may be arrays of NumPy.
+        updates, state = jax.tree.map(jnp.asarray, (updates, state))
         tree_specs, state_specs = PartitionSpec(), specs(space)
         if placed is not None:
             tree_specs = jax.tree.structure(updates).unflatten(placed.specs)
@@ -116,6 +110,26 @@ def transformation(
         return given.unflatten(jax.tree.leaves(new_updates)), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _outline(state: Any) -> Any:
+    """Return the fields of `state`, those whose structure is the parameters' as leaves.
+
+    That is a tree prefix of every state of a transformation, whatever the parameters:
+    dictionaries are named by leaves and their shapes. No field mirrors the parameters.
+    """
+    of_params = lambda node: isinstance(node, dict | _STAND_IN)
+    return jax.tree.map(lambda _: 0, state, is_leaf=of_params)
+
+
+def _beside(updates: Any, params: Any) -> Any:
+    """Return the parameters that have gradients: where there is None, nothing is."""
+    is_none = lambda node: node is None
+    keep = lambda update, param: None if update is None else param
+    try:
+        return jax.tree.map(keep, updates, params, is_leaf=is_none)
+    except ValueError:  # said better by the checks of both trees
+        return params
 
 
 def working_dtype(tree: chex.ArrayTree) -> Any:

@@ -146,6 +146,15 @@ def _is_concrete(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
+def beside(state: Any, params: chex.ArrayTree) -> Any:
+    """Return `state` on the one device that `params` are committed to, if they are."""
+    leaves = jax.tree.leaves(params)
+    if not leaves or not all(_is_concrete(leaf) and leaf.committed for leaf in leaves):
+        return state
+    devices = set().union(*(leaf.devices() for leaf in leaves))
+    return jax.device_put(state, *devices) if len(devices) == 1 else state
+
+
 def layout(
     tree: chex.ArrayTree, dtype: jax.typing.DTypeLike, placement: Placement | None
 ) -> Layout:

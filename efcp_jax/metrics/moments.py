@@ -128,7 +128,8 @@ def observe(
     leaf: Leaf, layout: Layout, new: Sums, old: list[Any], weight: jax.Array
 ) -> Routine:
     """Return what is `Observed` of the sums of leaves like `leaf`."""
-    all_entries = sum(math.prod(each.whole) for each in layout.leaves)
+    # At least one, so that a tree whose arrays are all empty is a tree.
+    all_entries = max(1, sum(math.prod(each.whole) for each in layout.leaves))
     devices = layout.ways(layout.axes)
     by_row, by_col = new
     if by_col is None:

@@ -79,10 +79,28 @@ def with_learning_rate(
         (
             optax.identity()
             if _is_zero(weight_decay)
-            else optax.add_decayed_weights(weight_decay, mask)
+            else _steady(optax.add_decayed_weights(weight_decay, mask))
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        _steady(optax.scale_by_learning_rate(learning_rate)),
     )
+
+
+def _steady(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Return `tx` whose updates and state keep their dtypes.
+
+    A number that is an array of float32 would make updates and momentum of bfloat16
+    float32.
+    """
+    tx = optax.with_extra_args_support(tx)
+    cast = lambda new, old: jnp.asarray(new, jnp.result_type(old))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        new = tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(cast, new, (updates, state))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def _trace(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -97,8 +115,8 @@ def _trace(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     if _is_zero(momentum):
         return optax.identity()
     if callable(momentum):
-        return optax.inject_hyperparams(optax.trace)(decay=momentum)
-    return optax.trace(momentum)
+        return _steady(optax.inject_hyperparams(optax.trace)(decay=momentum))
+    return _steady(optax.trace(momentum))
 
 
 def _is_zero(value: Any) -> bool:

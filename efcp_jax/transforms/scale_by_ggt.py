@@ -11,6 +11,7 @@ import optax
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric
+from efcp_jax.numerics import not_vanished
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
 from efcp_jax.states import ScaleByGgtState
 from efcp_jax.step import preconditioned
@@ -116,7 +117,7 @@ def scale_by_ggt(
     if eps is None:
         eps, relative = _EPS, True
     eps = _validate.number(
-        "eps", eps, low=0.0, remedy="Pass a small number such as 1e-4."
+        "eps", not_vanished(eps), low=0.0, remedy="Pass a small number such as 1e-4."
     )
     b1 = _validate.number(
         "b1", b1, low=0.0, high=1.0, open_high=True, remedy="Pass 0.0 for no momentum."
@@ -135,7 +136,7 @@ def scale_by_ggt(
 
     def coefficients(gram, kept, window: Window, slot, values):
         age = grams.ages(window.scale.shape[0], slot)
-        scale, eps = window.scale, values["eps"]
+        scale, eps = window.scale, not_vanished(values["eps"])
         if relative:
             # An update of GGT is the same in every unit of the rows.
             scale, square = grams.in_own_unit(gram, scale, window.filled)

@@ -10,7 +10,7 @@ import optax
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric
-from efcp_jax.numerics import saturate
+from efcp_jax.numerics import not_vanished, saturate
 from efcp_jax.preconditioners import (
     gram as grams,
     mfac_coefficients,
@@ -142,7 +142,7 @@ def scale_by_mfac(
         damping, relative = _DAMPING, True
     damping = _validate.number(
         "damping",
-        damping,
+        not_vanished(damping),
         low=0.0,
         open_low=True,
         remedy="Pass a small number such as 1e-5.",
@@ -166,7 +166,7 @@ def scale_by_mfac(
         rows = window.filled.astype(gram.dtype) if divisor == "filled" else size
         rows = jnp.maximum(rows, 1)
         scale, unit = window.scale, None
-        damping = values["damping"].astype(gram.dtype)
+        damping = not_vanished(values["damping"]).astype(gram.dtype)
         b1 = values["b1"].astype(gram.dtype)
         age = grams.ages(size, slot)
         moment = grams.moment(age, window.filled, b1, nesterov=nesterov)

@@ -149,8 +149,10 @@ def test_runs_of_leaves_are_the_batch():
 def test_map_params_gives_the_structure_of_the_state(block_diagonal):
     tx = optax.chain(make(block_diagonal), optax.trace(0.5))
     state = tx.init(params())
+    # Fields whose structure is that of the parameters come whole.
+    other = lambda field: jax.tree.map(lambda _: "other", field)
     mapped = optax.tree.map_params(
-        tx, lambda leaf: "mirror", state, transform_non_params=lambda leaf: "other"
+        tx, lambda leaf: "mirror", state, transform_non_params=other
     )
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     assert set(jax.tree.leaves(mapped[0])) == {"other"}
