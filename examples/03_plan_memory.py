@@ -17,12 +17,14 @@ params: Any = {
     "attention": jax.ShapeDtypeStruct((32, WIDTH, 4 * WIDTH), jnp.bfloat16),
     "mlp": jax.ShapeDtypeStruct((32, WIDTH, 8 * WIDTH), jnp.bfloat16),
 }
-half = {"value_dtype": jnp.bfloat16, "error_dtype": jnp.bfloat16}  # as sparse rows
+half = jnp.bfloat16  # as sparse rows
 optimizers = {
     "sparse GGT, m = 16": efcp_jax.sparse_ggt(1.0, 16),
     "sparse GGT, m = 64": efcp_jax.sparse_ggt(1.0, 64),
     "sparse M-FAC, m = 1024, 1 of 128": efcp_jax.sparse_mfac(1e-3, 1024, 1 / 128),
-    "low-rank GGT, m = 16, rank 4": efcp_jax.low_rank_ggt(1.0, 16, 4, **half),
+    "low-rank GGT, m = 16, rank 4": efcp_jax.low_rank_ggt(
+        1.0, 16, 4, value_dtype=half, error_dtype=half
+    ),
 }
 for name, tx in optimizers.items():
     report = efcp_jax.memory_report(tx, params)
