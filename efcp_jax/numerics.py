@@ -44,13 +44,23 @@ def contract(subscripts: str, *arrays: jax.Array) -> jax.Array:
 
     Numbers of half precision are multiplied as they are and added up in float32.
     """
-    dtype = jnp.result_type(*arrays, jnp.float32)
-    return jnp.einsum(
-        subscripts,
-        *arrays,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
+    # What is promoted is half precision to the dtype that is asked for.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum(
+            subscripts,
+            *arrays,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.result_type(*arrays, jnp.float32),
+        )
+
+
+def widest(*dtypes: jax.typing.DTypeLike) -> np.dtype:
+    """Return the dtype, float32 or wider, that holds what all of `dtypes` hold."""
+    found = np.dtype(np.float32)
+    for dtype in dtypes:
+        # NumPy's, as that of JAX refuses where promotion is set to be strict.
+        found = np.promote_types(found, jnp.dtype(dtype))
+    return found
 
 
 def saturate(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate_trees
+from efcp_jax import _validate_trees, numerics
 from efcp_jax.compressors import Compressor, Space
 from efcp_jax.devices import description, placement, spread
 from efcp_jax.devices.boxes import strip_boxes
@@ -142,4 +142,4 @@ def working_dtype(tree: chex.ArrayTree) -> Any:
 def _state_dtype(state) -> Any:
     """Return the working dtype that `init` chose."""
     held = jax.tree.leaves(getattr(state, "gram", state.error))
-    return jnp.result_type(held[0], jnp.float32) if held else jnp.float32
+    return numerics.widest(held[0].dtype) if held else jnp.float32

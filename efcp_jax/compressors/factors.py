@@ -118,7 +118,7 @@ class LowRankSpace:
         def factors(matrix: Matrix, value, start) -> Routine:
             if matrix.whole:
                 return None, (value * inverse).astype(self.dtype)[:, None], None
-            fresh = _random(matrix, start.dtype)
+            fresh = _random(matrix, start.dtype)[None]
             known = yield lax.psum, jnp.sum(jnp.abs(start), axis=2), matrix.col_axes
             start = jnp.where(known[:, :, None] > 0, start, fresh)
             # Scaled with the thin factor, so that no scaled copy of the matrix is made.

@@ -115,12 +115,14 @@ class IdentitySpace:
         return self._products("bms,bs->bm", window, vector)
 
     def _products(self, subscripts: str, *arrays: jax.Array) -> jax.Array:
-        products = jnp.einsum(
-            subscripts,
-            *arrays,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=self.layout.dtype,
-        )
+        # What is promoted is half precision to the dtype that is asked for.
+        with jax.numpy_dtype_promotion("standard"):
+            products = jnp.einsum(
+                subscripts,
+                *arrays,
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=self.layout.dtype,
+            )
         shares = self.blocks.shares
         return jnp.sum(products if shares is None else shares[:, None] * products, 0)
 

@@ -54,7 +54,7 @@ def inverse_factor(gram: jax.Array) -> jax.Array:
     rank, dtype = gram.shape[-1], gram.dtype
     # Above the rounding of an (r, r) Gram matrix of unit diagonal.
     shift = 8 * rank * jnp.finfo(dtype).eps
-    eye = jnp.eye(rank, dtype=dtype)
+    eye = jnp.eye(rank, dtype=dtype)[None]
     square = jnp.diagonal(gram, axis1=1, axis2=2)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
     scaled = gram / (length[:, None, :] * length[:, :, None])

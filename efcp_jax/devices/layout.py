@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax.devices.routines import joined
-from efcp_jax.numerics import cast
+from efcp_jax.numerics import cast, widest
 
 
 # Smaller runs of leaves than this many entries are not worth a kernel.
@@ -172,7 +172,7 @@ class Layout:
         """Return the leaves of `tree` in the working dtype, real or complex."""
         leaves = []
         for value, leaf in zip(jax.tree.leaves(tree), self.leaves, strict=True):
-            dtype = jnp.result_type(self.dtype, 1j) if leaf.parts == 2 else self.dtype
+            dtype = widest(self.dtype, jnp.complex64) if leaf.parts == 2 else self.dtype
             leaves.append(jnp.asarray(value).astype(dtype))
         return leaves
 

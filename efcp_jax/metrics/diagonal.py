@@ -149,7 +149,9 @@ def _full(place: Any, held: Any) -> jax.Array:
 def _outer(place: int, held: Any) -> jax.Array:
     """Return the inverse root of the diagonal of a factored leaf."""
     rows, cols, shift = held
-    return lax.rsqrt(rows[place][..., None] * cols[place] + shift)
+    row = rows[place]
+    col = cols[place].reshape((1,) * row.ndim + (-1,))
+    return lax.rsqrt(row[..., None] * col + shift)
 
 
 def _near(x: jax.Array) -> jax.Array:

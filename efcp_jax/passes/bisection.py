@@ -101,7 +101,7 @@ def _positions(
     # Of the entries at the threshold as many as there is room for, from the first.
     left = most - _count(above, axis=1)[:, None]
     last = _nth(_words(equal), left - 1)
-    index = jnp.arange(bits.shape[1], dtype=jnp.int32)
+    index = jnp.arange(bits.shape[1], dtype=jnp.int32)[None]
     slots = jnp.broadcast_to(jnp.arange(most, dtype=jnp.int32), (bits.shape[0], most))
     return _nth(_words(above | (equal & (index <= last))), slots), low
 
@@ -154,7 +154,7 @@ def _count(x: jax.Array, axis: int) -> jax.Array:
 
 def _words(mask: jax.Array) -> jax.Array:
     """Return the rows of `mask` in words, the first entry in the lowest bit."""
-    lanes = jnp.arange(_WORD, dtype=jnp.uint32)
+    lanes = jnp.arange(_WORD, dtype=jnp.uint32)[None, None]
     return jnp.sum(
         mask.reshape(len(mask), -1, _WORD).astype(jnp.uint32) << lanes,
         axis=2,

@@ -142,7 +142,7 @@ def combine_large(
         values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
         index = positions(form.size, offsets).reshape(-1)
         zeros = jnp.zeros(chunk * form.size, weights.dtype)
-        added = (values * each).reshape(-1)
+        added = (values * each[None]).reshape(-1)
         return zeros.at[index].add(added, mode="promise_in_bounds")
 
     chunk = max(1, _COMBINE // entries)

@@ -31,7 +31,7 @@ def argmax_rounds(vector: jax.Array, kept: int) -> jax.Array:
         Array of shape `(blocks, kept)`, int32, ascending.
     """
     left = reference.magnitudes(vector)
-    places = jnp.arange(vector.shape[1], dtype=jnp.int32)
+    places = jnp.arange(vector.shape[1], dtype=jnp.int32)[None]
     found = []
     for _ in range(kept):
         found.append(jnp.argmax(left, axis=1).astype(jnp.int32))

@@ -65,8 +65,8 @@ def magnitudes(x: jax.Array) -> jax.Array:
 
 
 def per_entry(window: Tiled, weights: jax.Array) -> jax.Array:
-    """Return the weight of the row that each entry of a tile belongs to, `(n, 1)`."""
-    return jnp.repeat(weights, window.values.shape[1] // len(weights))[:, None]
+    """Return the weight of the row of each entry of a tile, `(1, n, 1)`."""
+    return jnp.repeat(weights, window.values.shape[1] // len(weights))[None, :, None]
 
 
 def to_tiles(entries: jax.Array, lanes: int) -> jax.Array:
@@ -101,7 +101,7 @@ def combine_large(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     values, offsets = form.storage.load(window, weights.dtype)
-    weighted = values * jnp.repeat(weights, form.kept)
+    weighted = values * jnp.repeat(weights, form.kept)[None]
     return cut(positioned(weighted, offsets, form.size), runs)
 
 

@@ -139,7 +139,7 @@ def combine_large(
         sums = jnp.einsum(
             "bnh,bnl->bhl",
             first.astype(weights.dtype),
-            jnp.where(second, (values * each)[:, :, None], 0),
+            jnp.where(second, (values * each[None])[:, :, None], 0),
             precision=lax.Precision.HIGHEST,
         )
         sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)

@@ -61,7 +61,7 @@ def add(
         weights = jnp.broadcast_to(weights[:, None], (entries, LANES))
         columns = []
     else:
-        weights = layout.lines(scales * weights)
+        weights = layout.lines(scales * weights[None])
         part = min(weights.shape[2], _HELD)
         each = pl.BlockSpec((group, 1, part), lambda i, j: (i, 0, j))
         columns = [pltpu.VMEM((part, LANES), jnp.float32)]

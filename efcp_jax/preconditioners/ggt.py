@@ -50,11 +50,12 @@ def ggt_coefficients(
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
     eps = jnp.maximum(eps, 0)  # a schedule may undershoot by a rounding error
-    weights = scale * b2**age
+    weights = scale * b2 ** age.astype(dtype)
     norms = weights * jnp.sqrt(jnp.diagonal(gram))
     largest = jnp.max(norms)
     inverse = 1 / jnp.where(largest > 0, largest, 1)
     weights = weights * inverse
     moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)
-    given = weights[:, None] * gram * weights, eps * inverse, moment
+    weighted = weights[:, None] * gram * weights[None]
+    given = weighted, eps * inverse, moment
     return weights * root.solve(*given)

@@ -108,7 +108,7 @@ def moment(
     Returns:
         Numbers in [0, 1], 0 for empty slots, shape `(m,)`, in the dtype of `b1`.
     """
-    faded = (1 - b1) * (b1 / b2) ** age
+    faded = (1 - b1) * (b1 / b2) ** age.astype(b1.dtype)
     if nesterov:
         faded = b1 * faded + jnp.where(age == 0, 1 - b1, 0)
     return jnp.where(age < filled, faded, 0)

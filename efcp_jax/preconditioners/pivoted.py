@@ -75,7 +75,7 @@ def factorise(
         found = open_[pivot]
         root = jnp.sqrt(jnp.where(found, left[pivot], 1))
         column = jnp.where(found & open_, schur[pivot] / root, 0)
-        schur = schur - column[:, None] * column
+        schur = schur - column[:, None] * column[None]
         left = jnp.where(index == pivot, -1, left - column**2)
         factor = lax.dynamic_update_slice_in_dim(made.factor, column[None], k, axis=0)
         order = jnp.where(index == k, jnp.where(found, pivot, size), made.order)
@@ -115,7 +115,7 @@ def solve(
     # rows are never made of short ones.
     made = factorise(matrix, -2 * jnp.log(inverse), noise)
     taken = made.order < size
-    chosen = made.order[:, None] == index
+    chosen = made.order[:, None] == index[None]
     place = jnp.minimum(made.order, size - 1)
     eye = jnp.eye(size, dtype=matrix.dtype)
     basis = jnp.where(taken[:, None], made.factor.T[place], eye)
@@ -126,7 +126,7 @@ def solve(
     # Where a ratio is out of range, the entry it belongs to is 0.
     largest = 1 / jnp.finfo(matrix.dtype).tiny
     scales = jnp.where(taken, inverse[place], 1)
-    by_basis = jnp.minimum(scales[:, None] / inverse, largest) * by_basis
+    by_basis = jnp.minimum(scales[:, None] / inverse[None], largest) * by_basis
     rhs = dot(by_basis, rhs) + dot(chosen.astype(rhs.dtype), rhs)
     normal = eye + dot_by_rows(by_basis, by_basis.T)
     normal = cholesky.factorise(normal, _WHOLE)

@@ -52,7 +52,7 @@ def ridge(gram: jax.Array, scale: jax.Array, shift: jax.Array) -> Ridge:
     inverse = 1 / lengths
     weights = scale * inverse
     share = (jnp.sqrt(shift) * inverse) ** 2
-    matrix = weights[:, None] * gram * weights
+    matrix = weights[:, None] * gram * weights[None]
     diagonal = jnp.eye(len(scale), dtype=bool)
     values, vectors = jnp.linalg.eigh(jnp.where(diagonal, 1, matrix))
     noise = _NOISE * len(scale) * jnp.finfo(gram.dtype).eps

@@ -62,9 +62,9 @@ class System(NamedTuple):
         size = self.size
         rows = lax.dynamic_slice_in_dim(self.gram, start * size, count * size)
         weights = lax.dynamic_slice_in_dim(self.weights, start, count)
-        rows = weights[:, None] * rows.reshape(count, size) * self.weights
+        rows = weights[:, None] * rows.reshape(count, size) * self.weights[None]
         index = jnp.arange(size)
-        diagonal = start + index[:count, None] == index
+        diagonal = start + index[:count, None] == index[None]
         return jnp.where(diagonal, 1, rows / self.divisor)
 
 
@@ -195,9 +195,10 @@ def _resumed(
 
     def renew() -> Kept:
         eye = jnp.eye(system.size, dtype=system.gram.dtype)
-        rows = jnp.where(inside | inside[:, None], eye, system.rows(0, system.size))
+        either = inside[None] | inside[:, None]
+        rows = jnp.where(either, eye, system.rows(0, system.size))
         factor = cholesky.factorise(rows.T)
-        coupling = jnp.where(inside, 0, system.rows(run, _RUN))
+        coupling = jnp.where(inside[None], 0, system.rows(run, _RUN))
         coupling = cholesky.solve_right(factor, coupling)
         new = Kept(run, damping, system.divisor, factor, coupling)
         return jax.tree.map(jnp.ravel, new)

@@ -6,6 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from efcp_jax.numerics import widest
+
 
 class Alignment(NamedTuple):
     """How two trees lie to each other.
@@ -49,7 +51,7 @@ def _wide(leaf: jax.Array, dtype: Any) -> jax.Array:
     """Return `leaf` in the real or complex form of `dtype`."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return leaf.astype(jnp.result_type(dtype, jnp.complex64))
+        return leaf.astype(widest(dtype, jnp.complex64))
     return leaf.astype(dtype)
 
 

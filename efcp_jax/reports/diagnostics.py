@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from efcp_jax import rounded
 from efcp_jax.metrics.moments import summary
+from efcp_jax.numerics import widest
 from efcp_jax.reports.find import own_states
 from efcp_jax.states import ErrorFeedbackState
 
@@ -90,10 +91,10 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         error, row = (both / jnp.where(largest > 0, largest, 1)) ** 2
         total = jnp.where(largest > 0, error + row, 1)
         result["error_ratio"] = error / total
-    result["window_fill"] = window.filled / jnp.asarray(size, jnp.float32)
+    result["window_fill"] = window.filled.astype(jnp.float32) / size
 
     def spectrum(gram: jax.Array) -> jax.Array:
-        scaled = window.scale[:, None] * gram * window.scale
+        scaled = window.scale[:, None] * gram * window.scale[None]
         return jnp.maximum(jnp.linalg.eigvalsh(scaled), 0)
 
     def each(function: Any, arrays: Any, ndim: int) -> Any:
@@ -109,7 +110,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
 
 def _norm(tree: Any) -> jax.Array:
     """Return the Euclidean norm, scaled so that no square overflows."""
-    leaves = [x.astype(jnp.result_type(x, jnp.float32)) for x in jax.tree.leaves(tree)]
+    leaves = [x.astype(widest(x.dtype)) for x in jax.tree.leaves(tree)]
     peaks = [jnp.max(jnp.abs(x)) for x in leaves if x.size]
     largest = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
     divisor = jnp.where(largest > 0, largest, 1)

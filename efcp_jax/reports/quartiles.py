@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.numerics import widest
+
 
 _SHARES = (0.25, 0.5, 0.75)
 
@@ -68,9 +70,8 @@ def ratio_quartiles(updates: chex.ArrayTree, gradients: chex.ArrayTree) -> jax.A
 
 def _key(update: jax.Array, gradient: jax.Array) -> jax.Array:
     """Return the upper bits of the ratios as int16, which order alike; -1 for none."""
-    wide = jnp.result_type(gradient, jnp.float32)
-    gradient = jnp.abs(gradient.astype(wide))
-    update = jnp.abs(update.astype(jnp.result_type(update, jnp.float32)))
+    gradient = jnp.abs(gradient.astype(widest(gradient.dtype)))
+    update = jnp.abs(update.astype(widest(update.dtype)))
     known = gradient > 0  # False for NaN
     ratio = update.astype(gradient.dtype) / jnp.where(known, gradient, 1)
     bits = lax.bitcast_convert_type(ratio.astype(jnp.float32), jnp.int32)

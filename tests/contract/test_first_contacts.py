@@ -171,3 +171,43 @@ def test_bytes_that_lost_their_type_are_told_from_other_states(name):
     for tree, call in ((half, tx.init), (half, lambda g: tx.update(g, state, params))):
         with pytest.raises(ValueError, match=r"view\(jnp.bfloat16\)"):
             call(jax.tree.map(bare, tree))
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_no_rank_or_dtype_is_promoted_silently(kind, error_feedback):
+    """Of what every platform takes: all branches are traced."""
+    params = {"b": (7,), "h": (32, 16), "k": (3, 10, 17), "w": (256, 128)}
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, "bfloat16" if name == "h" else "float32")
+        for name, shape in params.items()
+    }
+    given = {"compressor": COMPRESSORS[kind], "error_feedback": error_feedback}
+    metric = efcp_jax.diagonal_metric()
+    made = [
+        efcp_jax.scale_by_mfac(5, 0.1, **given),
+        efcp_jax.scale_by_mfac(600, 0.1, relative=True, **given),
+        efcp_jax.scale_by_mfac(5, b1=0.5, nesterov=True, metric=metric, **given),
+        efcp_jax.scale_by_ggt(5, 0.1, block_diagonal=True, **given),
+        efcp_jax.scale_by_ggt(5, b1=0.5, b2=0.9, metric=metric, **given),
+        efcp_jax.error_feedback(COMPRESSORS[kind], error_dtype=jnp.int8),
+        efcp_jax.monitor(efcp_jax.scale_by_mfac(5, 0.1, **given)),
+    ]
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for tx in made:
+            state = jax.eval_shape(tx.init, shapes)
+            updates, after = jax.eval_shape(tx.update, shapes, state, shapes)
+            assert jax.tree.map(lambda x: x.dtype, updates) == {
+                name: leaf.dtype for name, leaf in shapes.items()
+            }
+            assert aliases.types(after) == aliases.types(state)
+
+
+@every_alias
+def test_a_step_under_strict_promotion_is_the_step(name):
+    tx, params = aliases.make(name), aliases.params()
+    (gradient, *_) = aliases.gradients(params)
+    expected = tx.update(gradient, tx.init(params), params)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = tx.update(gradient, tx.init(params), params)
+    aliases.assert_equal(found, expected)
