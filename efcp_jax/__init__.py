@@ -35,7 +35,8 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     passes                              work over a window, one file a platform
     devices                             which device holds what
     rounded                             errors of 8 bits
-    numerics  experimental              products, casts and scales; what JAX may lack
+    numerics                            products, casts and scales
+    varying  experimental               what differs between devices; what JAX may lack
 """
 
 from efcp_jax import sharding as sharding

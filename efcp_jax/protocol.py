@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate_trees, numerics
+from efcp_jax import _validate_trees, numerics, varying
 from efcp_jax.compressors import Compressor, Space
 from efcp_jax.devices import description, placement, spread
 from efcp_jax.devices.boxes import strip_boxes
@@ -56,6 +56,8 @@ def transformation(
         placed = placement.find(params, sharding)
         space = space_of(params, working_dtype(params), placed)
         state = description.start(init, space, placed, specs(space), params)
+        if not description.asked():
+            state = varying.over(varying.axes_of(params), state)
         if isinstance(params, _STAND_IN):
             return _outline(state)
         return state if placed is not None else placement.beside(state, params)
@@ -94,6 +96,8 @@ def transformation(
         }
         # Restored by a checkpointer, they may be arrays of NumPy.
         updates, state = jax.tree.map(jnp.asarray, (updates, state))
+        taken = updates, state, values
+        updates, state, values = varying.over(varying.axes_of(taken), taken)
         tree_specs, state_specs = PartitionSpec(), specs(space)
         if placed is not None:
             tree_specs = jax.tree.structure(updates).unflatten(placed.specs)

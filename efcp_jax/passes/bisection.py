@@ -16,6 +16,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import varying
+
 
 # Below this size of a group the first level does not pay.
 _SMALLEST_GROUP = 4
@@ -133,6 +135,7 @@ def _threshold(bits: jax.Array, least: int, most: int, low: jax.Array) -> jax.Ar
     step = 2 ** (width - 7)
     middle = jnp.minimum(low, limit - step) + step
     start = (low, jnp.full_like(low, limit), middle, jnp.full(rows, size, jnp.int32))
+    start = varying.like(bits, start)
 
     def until_found() -> jax.Array:
         def searching(carry):

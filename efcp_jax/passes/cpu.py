@@ -12,6 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import varying
 from efcp_jax.passes import reference
 from efcp_jax.passes.bisection import largest
 from efcp_jax.passes.entries import SparseRow, Stored, Tiled
@@ -85,7 +86,7 @@ def _summed(window: Tiled, products: Any, kept: int, dtype: Any) -> jax.Array:
     add = lambda total, start, chunk: total + of(start, chunk)
     chunk = max(1, min(_INNER // (entries * lanes), tiles // _FEWEST_ROUNDS))
     whole = tiles // chunk * chunk
-    zeros = jnp.zeros((chunk, entries, lanes), dtype)
+    zeros = varying.like(window, jnp.zeros((chunk, entries, lanes), dtype))
     total = jnp.sum(sweep(whole, chunk, zeros, add), axis=(0, 2))
     if whole < tiles:
         total += jnp.sum(of(whole, tiles - whole), axis=(0, 2))
@@ -110,7 +111,7 @@ def combine(
         )
 
     chunk = max(1, _COMBINE // (entries * lanes))
-    return write(runs, lanes * size, chunk, sums, weights.dtype)
+    return write(runs, lanes * size, chunk, sums, jnp.zeros_like(weights[0]))
 
 
 def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
@@ -122,7 +123,7 @@ def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
     add = lambda total, start, chunk: total + products(start, chunk)
     chunk = max(1, min(_INNER // entries, count // _FEWEST_ROUNDS))
     whole = count // chunk * chunk
-    zeros = jnp.zeros((chunk, entries), row.values.dtype)
+    zeros = varying.like(window, jnp.zeros((chunk, entries), row.values.dtype))
     # A sum over blocks and then over entries takes three times as long as one of both.
     of_rows = lambda x: jnp.sum(form.by_block(x), axis=(0, 2))
     total = of_rows(sweep(whole, chunk, zeros, add))
@@ -146,4 +147,4 @@ def combine_large(
         return zeros.at[index].add(added, mode="promise_in_bounds")
 
     chunk = max(1, _COMBINE // entries)
-    return write(runs, form.size, chunk, sums, weights.dtype)
+    return write(runs, form.size, chunk, sums, jnp.zeros_like(weights[0]))

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax import rounded
+from efcp_jax import rounded, varying
 from efcp_jax.numerics import LARGEST_INDEX, saturate
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.runs import part
@@ -101,7 +101,8 @@ def feed(
 
     shape = form.row_shape(blocks)
     row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-    error, *row = lax.fori_loop(0, len(firsts), step, (error, *row))
+    start = varying.like((error, accept), (error, *row))
+    error, *row = lax.fori_loop(0, len(firsts), step, start)
     return *row, error
 
 

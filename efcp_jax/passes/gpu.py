@@ -12,6 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import varying
 from efcp_jax.passes import reference
 from efcp_jax.passes.entries import SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import (
@@ -53,7 +54,8 @@ def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
     products = functools.partial(chunk_products, form, window, row)
     add = lambda total, start, chunk: total + jnp.sum(products(start, chunk), axis=0)
     chunk = max(1, _INNER // entries)
-    total = sweep(count, chunk, jnp.zeros(entries, row.values.dtype), add)
+    zeros = varying.like(window, jnp.zeros(entries, row.values.dtype))
+    total = sweep(count, chunk, zeros, add)
     return jnp.sum(total.reshape(-1, form.kept), axis=1)
 
 
@@ -69,5 +71,5 @@ def combine_large(
         row = form.storage.load(jax.tree.map(slot, window), weights.dtype)
         return place(form.size, row[1], row[0] * weights[i], total)
 
-    zeros = jnp.zeros(shape(window)[0] * form.size, weights.dtype)
+    zeros = varying.like(window, jnp.zeros(shape(window)[0] * form.size, weights.dtype))
     return reference.cut(lax.fori_loop(0, len(weights), add, zeros), runs)

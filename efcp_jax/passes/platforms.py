@@ -8,6 +8,7 @@ import jax
 from jax import lax
 import numpy as np
 
+from efcp_jax import varying
 from efcp_jax.passes import cpu, cpu_feed, gpu, reference, tpu
 from efcp_jax.passes.entries import Storage
 
@@ -16,7 +17,8 @@ def by_platform(name: str, *arrays: Any, **static: Any) -> Any:
     """Return what the platform's own form of the pass `name` returns."""
 
     def form(module: Any) -> Any:
-        return functools.partial(getattr(module, name), **static)
+        call = functools.partial(getattr(module, name), **static)
+        return lambda *arrays: varying.like(arrays, call(*arrays))
 
     return lax.platform_dependent(
         *arrays,

@@ -24,7 +24,7 @@ def write(
     unit: int,
     chunk: int,
     units: Units,
-    dtype: jax.typing.DTypeLike,
+    zero: jax.Array,
 ) -> list[jax.Array]:
     """Return the leaves whose entries, laid end to end, are those of `units`.
 
@@ -33,13 +33,13 @@ def write(
         unit: Entries of a unit.
         chunk: How many units are computed at once.
         units: Computes units; the last one may reach beyond the last leaf.
-        dtype: Dtype of the entries.
+        zero: A zero like the entries.
 
     Returns:
         One flat array for each leaf, in order.
     """
     leaves: list[jax.Array] = []
-    start, zero = 0, jnp.zeros((), dtype)
+    start = 0
     for sizes in runs:
         ends = np.cumsum(sizes)
         stop = start + int(ends[-1])
@@ -64,7 +64,7 @@ def _run(
     first, last = -(-start // unit), stop // unit
     if first > last:
         return zero + part(last, start, stop)
-    out = jnp.full(stop - start, zero)
+    out = jnp.broadcast_to(zero, (stop - start,))
     if start < first * unit:
         head = part(first - 1, start, first * unit)
         out = out.at[: len(head)].set(head)

@@ -17,6 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from efcp_jax import varying
 from efcp_jax.experimental import pltpu
 from efcp_jax.passes import (
     matching,
@@ -145,6 +146,6 @@ def combine_large(
         sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
         return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
 
-    out = jnp.zeros(count * form.size, weights.dtype)
+    out = varying.like(window, jnp.zeros(count * form.size, weights.dtype))
     chunk = max(1, _COMBINE // entries)
     return reference.cut(sweep(count, chunk, out, write_sums), runs)

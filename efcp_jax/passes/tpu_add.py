@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from efcp_jax.experimental import pl, pltpu
 from efcp_jax.passes import bits, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.varying import struct
 
 
 # Entries of a row or window loaded at a time. Loads of 8-bit numbers take 32 sublanes.
@@ -55,7 +56,7 @@ def add(
     each = pl.BlockSpec((held, LANES), lambda i, j: (j, 0))
     vector = layout.vector_spec(group, size)
     shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
-    out = jax.ShapeDtypeStruct(shape, jnp.float32)
+    out = struct(shape, jnp.float32, values)
     weights = jnp.repeat(weights, kept)
     if scales is None:
         weights = jnp.broadcast_to(weights[:, None], (entries, LANES))

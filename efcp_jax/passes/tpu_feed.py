@@ -15,6 +15,7 @@ from efcp_jax.experimental import pl, pltpu
 from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_errors, tpu_round, tpu_select, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.varying import struct
 
 
 def feed(
@@ -82,13 +83,13 @@ def feed(
     vector = layout.vector_spec(group, size)
     scalar = pl.BlockSpec((1, 1), lambda i: (0, 0), memory_space=pltpu.SMEM)
     operands, specs = form.operands(error, group, size)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    shapes = [struct(x.shape, x.dtype, gradient) for x in operands]
     call = pl.pallas_call(
         kernel,
         grid=(-(-tiles // group),),
         in_specs=[scalar, scalar, vector, *specs],
         out_specs=[*row, *specs],
-        out_shape=[*tpu_select.rows(tiles, kept), *shapes],
+        out_shape=[*tpu_select.rows(tiles, kept, gradient), *shapes],
         input_output_aliases={3 + i: 2 + i for i in range(form.arrays)},
         cost_estimate=layout.cost(tpu_select.ROUND * kept * gradient.size),
         compiler_params=layout.parallel(),

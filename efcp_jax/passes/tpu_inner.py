@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from efcp_jax.experimental import pl
 from efcp_jax.passes import bits, tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.varying import struct
 
 
 # Entries of a window that a program holds.
@@ -49,7 +50,7 @@ def inner(
     group = layout.group(tiles, width * held + 8 * kept)
     window = pl.BlockSpec((group, held, LANES), lambda j, i: (i, j, 0))
     row = pl.BlockSpec((group, kept, LANES), lambda j, i: (i, 0, 0))
-    out = jax.ShapeDtypeStruct((entries, LANES), jnp.float32)
+    out = struct((entries, LANES), jnp.float32, values)
     lines = [] if scales is None else [layout.lines(scales)]
     part = held + -held % LANES
     line = pl.BlockSpec((group, 1, part), lambda j, i: (i, 0, j))

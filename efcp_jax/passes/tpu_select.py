@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from efcp_jax.experimental import pl
 from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.varying import struct
 
 
 # Up to so many rounds are unrolled; a loop compiles faster.
@@ -36,7 +37,7 @@ def select(
 
     tiles = total.shape[0] // LANES
     group = layout.group(tiles, 4 * size + 8 * kept)
-    values, offsets = rows(tiles, kept)
+    values, offsets = rows(tiles, kept, total)
     call = pl.pallas_call(
         kernel,
         grid=(-(-tiles // group),),
@@ -101,10 +102,10 @@ def pick(
     return lax.fori_loop(0, kept, write, start, unroll=unroll)[1]
 
 
-def rows(tiles: int, kept: int) -> list[jax.ShapeDtypeStruct]:
-    """Return the shapes of values and offsets."""
+def rows(tiles: int, kept: int, like: jax.Array) -> list[jax.ShapeDtypeStruct]:
+    """Return the types of values and offsets that are made of `like`."""
     shape = (tiles, kept, LANES)
-    return [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32)]
+    return [struct(shape, dtype, like) for dtype in (jnp.float32, jnp.int32)]
 
 
 def row_spec(group: int, kept: int) -> Any:

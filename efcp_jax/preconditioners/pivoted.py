@@ -22,6 +22,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import varying
 from efcp_jax.numerics import by_rows, dot, dot_by_rows
 from efcp_jax.preconditioners import cholesky
 
@@ -82,7 +83,7 @@ def factorise(
         return schur, left, Pivoted(factor, order)
 
     empty = Pivoted(jnp.zeros_like(matrix), jnp.full_like(index, size))
-    start = (matrix, jnp.diagonal(matrix), empty)
+    start = varying.like(matrix, (matrix, jnp.diagonal(matrix), empty))
     return lax.fori_loop(0, size, round_, start)[2]
 
 

@@ -15,12 +15,14 @@ Instead of moving rows, $A$ has the run's rows and columns of the identity.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import varying
 from efcp_jax.numerics import dot
 from efcp_jax.preconditioners import cholesky, pivoted
 
@@ -150,7 +152,7 @@ def solve(
             cpu=lambda kept: _resumed(system, scaled, slot, damping, kept),
             default=lambda kept: (
                 *_afresh(system, scaled),
-                kept._replace(run=jnp.int32(-1)),
+                kept._replace(run=varying.like(kept, jnp.int32(-1))),
             ),
         )
     remedy = lambda: _remedy(system, inverse, rhs, unit)
@@ -164,8 +166,9 @@ def _unless(good: jax.Array, value: Any, make: Callable[[], Any]) -> Any:
     some member of the batch needs it, and XLA carries arrays through it without a copy.
     """
     bad = jnp.logical_not(good)
-    body = lambda _: (jnp.asarray(False), make())
-    return lax.while_loop(lambda carry: carry[0], body, (bad, value))[1]
+    same = functools.partial(varying.like, (bad, value))
+    body = lambda _: same((jnp.asarray(False), make()))
+    return lax.while_loop(lambda carry: carry[0], body, same((bad, value)))[1]
 
 
 def _afresh(system: System, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
