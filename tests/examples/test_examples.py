@@ -126,3 +126,16 @@ def test_a_training_is_a_scan_and_several_are_a_vmap():
     )
     assert len(sparse) == len(dense) == 4
     assert min(sparse) < 1.3 * min(dense)
+
+
+def test_devices_that_send_few_entries_train_with_their_mean():
+    text = output("07_compressed_gradients_between_devices.py")
+    found = re.findall(r"^(\w+) +sent: loss (\S+), accuracy (\S+), (\d+) b", text, re.M)
+    few, dense = (dict(zip("las", map(float, each[1:]), strict=True)) for each in found)
+    assert [each[0] for each in found] == ["entries", "everything"]
+    # Two of 128 entries of 3 bytes from each of three others, and 8 bytes an entry.
+    padded = 4864
+    assert few["s"] == 3 * 3 * padded * 2 / 128
+    assert dense["s"] == 8 * padded
+    assert few["a"] > 0.94
+    assert dense["l"] < few["l"] < 2 * dense["l"]
