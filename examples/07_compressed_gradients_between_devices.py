@@ -14,6 +14,7 @@ beyond that, gather within groups of devices and average the groups.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ DEVICES, BLOCK, KEPT = 4, 128, 2
 jax.config.update("jax_num_cpu_devices", DEVICES)
 mesh = jax.make_mesh((DEVICES,), ("data",), (AxisType.Auto,))
 few = efcp_jax.top_k(KEPT / BLOCK, block_size=BLOCK, value_dtype=jnp.bfloat16)
-feedback = efcp_jax.error_feedback(few)
+feedback: Any = efcp_jax.error_feedback(few)
 adam = optax.adam(task.decay(1e-2))
 start, unravel = jax.flatten_util.ravel_pytree(task.init())
 start = jnp.pad(start, (0, -len(start) % BLOCK))
