@@ -17,6 +17,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 import optax
@@ -33,7 +34,7 @@ mesh = jax.make_mesh((DEVICES,), ("data",), (AxisType.Auto,))
 few = efcp_jax.top_k(KEPT / BLOCK, block_size=BLOCK, value_dtype=jnp.bfloat16)
 feedback: Any = efcp_jax.error_feedback(few)
 adam = optax.adam(task.decay(1e-2))
-start, unravel = jax.flatten_util.ravel_pytree(task.init())
+start, unravel = ravel_pytree(task.init())
 start = jnp.pad(start, (0, -len(start) % BLOCK))
 parameters = lambda vector: unravel(vector[: len(vector) - padding])
 padding = len(start) - sum(leaf.size for leaf in jax.tree.leaves(task.init()))
