@@ -32,6 +32,7 @@ import tile_cases
 
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Nothing of the package may be promoted silently.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -90,6 +91,13 @@ def forget_programs():
     """Free what a file has compiled: a process may map 65,530 pieces of memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def promotion():
+    """Let arrays of other ranks meet, as a bias and a batch do in layers of Flax."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ import pytest
 import efcp_jax
 
 
+pytestmark = pytest.mark.usefixtures("promotion")
+
 STEPS = 60
 # As in the README: about one over the window for M-FAC and about one for GGT, decaying.
 OPTIMIZERS = {

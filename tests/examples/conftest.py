@@ -11,6 +11,11 @@ FOLDER = Path(__file__).parents[2] / "examples" / "experiments"
 OWN = {"lab", "train_digits", *(path.stem for path in FOLDER.glob("*.py"))}
 
 
+@pytest.fixture(autouse=True)
+def as_users_have_it(promotion):
+    """Run scripts with JAX's own settings."""
+
+
 @pytest.fixture
 def load(monkeypatch):
     """Import modules of the experiments, and forget them afterwards."""
