@@ -40,7 +40,7 @@ that cuts matrices, of a number for each row or column that is cut. Where parame
 replicated there is none.
 
 Inside of `jax.shard_map` a transformation without `sharding` is one of that device: it
-steps with the gradient that is there, and a state of its own, which `init` makes inside.
+steps with the gradient that is there and a state of its own, which `init` makes there.
 
 Low rank adds a few all-reduces of the small factors, r numbers a column and r^2 a leaf,
 each of them one collective for all leaves together. Where parameters are replicated,
