@@ -1,6 +1,7 @@
 """Rows in parts of different representations: the arithmetic of labelled leaves."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeAlias
 
 import chex
@@ -174,7 +175,7 @@ class LabelledSpace:
     def _times(self, products: Parts, ratios: jax.Array) -> Parts:
         """Return what there is for the rows of each part, times its own ratios."""
         return {
-            p.label: jax.tree.map(lambda x, own=own: x * own, products[p.label])
+            p.label: jax.tree.map(functools.partial(_by_row, own), products[p.label])
             for p, own in zip(self.parts, ratios, strict=True)
         }
 
@@ -227,6 +228,11 @@ class LabelledSpace:
         pairs = zip(self.parts, new.parts, strict=True)
         movers = {a.label: a.space.mover(b.space) for a, b in pairs}
         return LabelledMover(movers, self.block_diagonal)
+
+
+def _by_row(factors: jax.Array, products: jax.Array) -> jax.Array:
+    """Return `products`, `(m,)` or those of several leaves, times one for each row."""
+    return products * factors.reshape((1,) * (products.ndim - 1) + factors.shape)
 
 
 def _bases(bases: Parts) -> Parts | None:

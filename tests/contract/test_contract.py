@@ -88,7 +88,8 @@ def test_map_params_gives_a_tree_of_specs_with_the_structure_of_the_state(name):
         lambda leaf, spec: spec,
         state,
         specs,
-        transform_non_params=lambda leaf: jax.P(),
+        # Fields that follow the parameters' shapes come whole.
+        transform_non_params=lambda field: jax.tree.map(lambda _: jax.P(), field),
     )
     is_spec = lambda node: isinstance(node, jax.P)
     assert jax.tree.structure(mapped, is_leaf=is_spec) == jax.tree.structure(state)
