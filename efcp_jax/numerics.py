@@ -39,8 +39,10 @@ def by_rows(function: Callable[[jax.Array], jax.Array], matrix: jax.Array) -> ja
     return made.reshape(blocks * _BLOCK, -1)[:size]
 
 
-def contract(subscripts: str, *arrays: jax.Array) -> jax.Array:
-    """Return the `einsum` in full precision, in the widest of the dtypes given.
+def contract(
+    subscripts: str, *arrays: jax.Array, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
+    """Return the `einsum` in full precision, in `dtype` or the widest of those given.
 
     Numbers of half precision are multiplied as they are and added up in float32.
     """
@@ -50,7 +52,7 @@ def contract(subscripts: str, *arrays: jax.Array) -> jax.Array:
             subscripts,
             *arrays,
             precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.result_type(*arrays, jnp.float32),
+            preferred_element_type=dtype or jnp.result_type(*arrays, jnp.float32),
         )
 
 

@@ -32,13 +32,11 @@ def like(reference: Any, tree: Any) -> Any:
     return over(axes_of(reference), tree)
 
 
-def struct(shape: Any, dtype: Any, *like: jax.Array) -> jax.ShapeDtypeStruct:
-    """Return the type of an array that differs over the axes of all of `like`."""
-    axes = axes_of(like)
-    if not axes:
+def struct(shape: Any, dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return the type of an array that differs over the axes that `like` does."""
+    if not axes_of(like):
         return jax.ShapeDtypeStruct(shape, dtype)
-    kind = next(kind for kind in map(_kind, like) if kind and kind.varying == axes)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=_kind(like))
 
 
 def _kind(leaf: Any) -> Any:

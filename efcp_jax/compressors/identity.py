@@ -13,7 +13,7 @@ from efcp_jax.compressors.base import feed
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import DenseMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.numerics import saturate
+from efcp_jax.numerics import contract, saturate
 from efcp_jax.passes.scale import row_scale
 
 
@@ -115,14 +115,7 @@ class IdentitySpace:
         return self._products("bms,bs->bm", window, vector)
 
     def _products(self, subscripts: str, *arrays: jax.Array) -> jax.Array:
-        # What is promoted is half precision to the dtype that is asked for.
-        with jax.numpy_dtype_promotion("standard"):
-            products = jnp.einsum(
-                subscripts,
-                *arrays,
-                precision=lax.Precision.HIGHEST,
-                preferred_element_type=self.layout.dtype,
-            )
+        products = contract(subscripts, *arrays, dtype=self.layout.dtype)
         shares = self.blocks.shares
         return jnp.sum(products if shares is None else shares[:, None] * products, 0)
 
