@@ -25,16 +25,16 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     optimizers                          chains that end in the learning rate
     transforms                          what users chain
     step                                compress, insert, inner, solve, combine
-    intake                              the gradient's way in: metric, error, row
+    feedback_input                      the gradient's way in: metric, error, row
     protocol  states                    a step as an Optax transformation; what it keeps
-    feedback  outside                   error + gradient -> row; what a row leaves out
+    feedback                            error + gradient -> row
     window                              the last m rows
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
     metrics                             what gradients are measured in
     compressors                         what a row is, one representation a file
     passes                              work over a window, one file a platform
     devices                             which device holds what
-    rounded                             errors of 8 bits
+    quantized                           errors of 8 bits
     numerics                            products, casts and scales
     varying  experimental               what differs between devices; what JAX may lack
 """

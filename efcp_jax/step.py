@@ -5,7 +5,6 @@ products, replace them in the Gram matrix, solve for coefficients, combine the r
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, intake, outside, passes, rounded, window as windows
+from efcp_jax import _validate, feedback_input, passes, quantized, window as windows
 from efcp_jax.compressors import Compressor, Space, identity, scoped
 from efcp_jax.metrics import Metric
 from efcp_jax.metrics.base import optional
@@ -28,8 +27,7 @@ WINDOW_SIZE = 64
 
 # Returns the coefficients of the stored rows, and what to keep, from the Gram matrix,
 # what was kept, the window behind the insertion, the slot of the newest row and the
-# values of the hyperparameters. Where the whole gradient is preconditioned, the inner
-# products with what the row leaves out of it follow, and its factor is returned too.
+# values of the hyperparameters.
 _Coefficients = Callable[..., tuple[Any, ...]]
 
 
@@ -52,7 +50,7 @@ def compressed(
         return ErrorFeedbackState(
             count=count,
             skipped=jnp.zeros_like(count),
-            error=rounded.zeros(vector, space.specs()[0], error_dtype),
+            error=quantized.zeros(vector, space.specs()[0], error_dtype),
             basis=basis,
             metric=metric.init(space.layout) if metric else None,
         )
@@ -63,7 +61,7 @@ def compressed(
         return ErrorFeedbackState(
             count=one,
             skipped=one,
-            error=rounded.specs(vector, error_dtype),
+            error=quantized.specs(vector, error_dtype),
             basis=basis,
             metric=metric.specs(space.layout) if metric else None,
         )
@@ -71,7 +69,7 @@ def compressed(
     def step(space: Space, updates, state: ErrorFeedbackState, values):
         del values
         layout = space.layout
-        new = intake.take(space, updates, state, metric, skip_nonfinite)
+        new = feedback_input.take(space, updates, state, metric, skip_nonfinite)
         accept, share = jnp.asarray(True), new.share
         if skip_nonfinite:
             fault = jnp.where(new.finite, 0, 1).astype(layout.dtype)
@@ -88,7 +86,7 @@ def compressed(
             count=jnp.asarray(optax.safe_increment(state.count)),
             skipped=_count_skipped(state.skipped, accept),
             error=new.error(accept, state.error),
-            basis=intake.select(accept, new.row.basis, state.basis),
+            basis=feedback_input.select(accept, new.row.basis, state.basis),
             metric=new.metric(accept, share, state.metric),
         )
 
@@ -109,12 +107,8 @@ def preconditioned(
     error_dtype: jax.typing.DTypeLike | None,
     skip_nonfinite: bool,
     sharding: Any,
-    whole: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation with the coefficients of either preconditioner.
-
-    With `whole`, the gradient is preconditioned and not its compressed row.
-    """
+    """Return the transformation with the coefficients of either preconditioner."""
     compressor, metric = _compressor(compressor), optional(metric)
     block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
     compressor = scoped(compressor, block_diagonal)
@@ -124,7 +118,6 @@ def preconditioned(
     # A compressor that drops nothing leaves an error of zero, not worth its memory.
     error_feedback = _validate.boolean("error_feedback", error_feedback)
     error_feedback = error_feedback and not compressor.lossless
-    whole = whole and not compressor.lossless
     error_dtype = _validate.error_dtype(error_dtype)
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
@@ -135,7 +128,7 @@ def preconditioned(
         return state_type(
             count=count,
             skipped=jnp.zeros_like(count),
-            error=rounded.zeros(vector, space.specs()[0], error_dtype)
+            error=quantized.zeros(vector, space.specs()[0], error_dtype)
             if error_feedback
             else None,
             basis=basis,
@@ -152,7 +145,7 @@ def preconditioned(
         return state_type(
             count=one,
             skipped=one,
-            error=rounded.specs(vector, error_dtype) if error_feedback else None,
+            error=quantized.specs(vector, error_dtype) if error_feedback else None,
             basis=basis,
             window=Window(rows=row, scale=one, slot=one, filled=one),
             gram=space.grams(one),
@@ -162,52 +155,39 @@ def preconditioned(
 
     def step(space: Space, updates, state, values):
         layout, slot = space.layout, state.window.slot
-        new = intake.take(space, updates, state, metric, skip_nonfinite)
+        new = feedback_input.take(space, updates, state, metric, skip_nonfinite)
         accept, window = jnp.asarray(True), state.window
         row, scale = new.row.row, new.row.scale
-        rest = outside.rest(space, new.gradient, row, scale) if whole else None
-
-        def multiply(rows: Any) -> tuple[Any, Any]:
-            seen = space.dot(rows, rest) if whole else None
-            return space.inner(rows, row), seen
+        multiply = lambda rows: space.inner(rows, row)
 
         if not layout.axes:
             # The row is inserted first: all reading behind the writing needs no copy.
             accept = new.finite if skip_nonfinite else accept
             window = windows.insert(window, row, scale, accept)
-            products, seen = multiply(window.rows)
+            products = multiply(window.rows)
         else:
-            products, seen = windows.products(multiply, window, row)
+            products = windows.products(multiply, window, row)
         # A device that met an entry that is not finite tells the others in the sum.
         products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
-        products, share, seen = layout.sum((products, new.share, seen))
+        products, share = layout.sum((products, new.share))
         if layout.axes:
             if skip_nonfinite:
                 accept = new.finite & passes.all_finite(jax.tree.leaves(products))
             window = windows.insert(window, row, scale, accept)
         replace = lambda old, row: grams.replace(old, row, slot, accept)
         gram = jax.tree.map(replace, state.gram, products)
-        solve = lambda k, kept, *seen: coefficients(
-            k, kept, window, slot, values, *seen
-        )
+        solve = lambda k, kept: coefficients(k, kept, window, slot, values)
         # Large systems keep the cores busy one by one, and their branches apart.
         large = bool(jax.tree.leaves(state.factor))
-        given = (gram, state.factor, seen) if whole else (gram, state.factor)
-        solved = space.each_gram(solve, in_turn=large)(*given)
+        solved = space.each_gram(solve, in_turn=large)(gram, state.factor)
         part = lambda i: jax.tree.map(lambda _, new: new[i], gram, solved)
-        chosen = lambda i: jax.tree.map(lambda x: jnp.where(accept, x, 0), part(i))
-        if whole:
-            # Of a gradient that is not accepted not even NaN times 0 may remain.
-            rest = jax.tree.map(lambda x: jnp.where(accept, x, 0), rest)
-            made = chosen(0), chosen(2)
-            update = functools.partial(outside.update, space, window.rows, rest)
-        else:
-            made, update = chosen(0), functools.partial(space.update, window.rows)
-        return new.outward(update, made), state_type(
+        chosen = jax.tree.map(lambda x: jnp.where(accept, x, 0), part(0))
+        update = lambda weights: space.update(window.rows, weights)
+        return new.outward(update, chosen), state_type(
             count=optax.safe_increment(state.count),
             skipped=_count_skipped(state.skipped, accept),
             error=new.error(accept, state.error),
-            basis=intake.select(accept, new.row.basis, state.basis),
+            basis=feedback_input.select(accept, new.row.basis, state.basis),
             window=window,
             gram=gram,
             factor=part(1),

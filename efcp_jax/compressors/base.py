@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from efcp_jax import rounded
+from efcp_jax import quantized
 from efcp_jax.devices.layout import Layout
 
 
@@ -134,10 +134,6 @@ class Space(Protocol):
         """Return the vector G^T w; the adjoint of `dot` on one device."""
         ...
 
-    def times(self, vector: Vector, factors: Gram) -> Vector:
-        """Return what of `vector` belongs to each Gram matrix, times its factor."""
-        ...
-
     def update(self, window: Rows, coefficients: Gram) -> chex.ArrayTree:
         """Return the tree of `combine`."""
         ...
@@ -172,11 +168,11 @@ def feed(
     scaled: bool,
 ) -> tuple[Row, jax.Array, Vector, Basis | None]:
     """Do what `Space.feed` does, one operation of the space after the other."""
-    before = rounded.load(error, space.layout.dtype)
+    before = quantized.load(error, space.layout.dtype)
     total = space.accumulate(tree, before, accept)
     row, scale, basis = space.compress(total, basis, scaled)
     rest = space.residual(total, row, jnp.where(accept, scale, 0))
-    return row, scale, rounded.store(rest, error, accept, count), basis
+    return row, scale, quantized.store(rest, error, accept, count), basis
 
 
 @runtime_checkable

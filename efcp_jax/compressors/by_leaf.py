@@ -214,10 +214,6 @@ class ByLeafSpace:
             )
         )
 
-    def times(self, vector: Groups, factors: Groups) -> Groups:  # noqa: D102
-        each = lambda s, v, factor: s.times(v, factor)
-        return _joined(self._each(each, self._apart(vector), factors))
-
     def update(self, window: LeafRow, coefficients: Groups):  # noqa: D102
         return self.unpack(self.combine(window, coefficients))
 

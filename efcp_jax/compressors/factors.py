@@ -199,11 +199,6 @@ class LowRankSpace:
         weights = self._weights(coefficients)
         return self._map(batches.combine, window.left, window.right, weights)
 
-    def times(self, vector: Batches, factors: Any) -> Batches:  # noqa: D102
-        times = jax.vmap(jnp.multiply) if self.block_diagonal else jnp.multiply
-        factors = factors if self.block_diagonal else dict.fromkeys(vector, factors)
-        return {name: times(x, factors[name]) for name, x in vector.items()}
-
     def update(self, window: LowRankRow, coefficients):  # noqa: D102
         if self.layout.axes:
             return self.unpack(self.combine(window, coefficients))

@@ -127,9 +127,6 @@ class IdentitySpace:
             precision=lax.Precision.HIGHEST,
         )
 
-    def times(self, vector: jax.Array, factors: jax.Array):  # noqa: D102
-        return vector * factors
-
     def update(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
         return self.unpack(self.combine(window, coefficients))
 

@@ -192,12 +192,6 @@ class LabelledSpace:
             for p in self.parts
         }
 
-    def times(self, vector: Parts, factors: Any) -> Parts:  # noqa: D102
-        each = lambda label: factors[label] if self.block_diagonal else factors
-        return {
-            p.label: p.space.times(vector[p.label], each(p.label)) for p in self.parts
-        }
-
     def update(self, window: LabelledRow, coefficients: Any):  # noqa: D102
         weights = self._weights(coefficients, window.ratios)
         return self._united(

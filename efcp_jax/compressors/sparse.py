@@ -125,9 +125,6 @@ class SparseSpace:
         (flat,) = self.passes.combine(window, coefficients, self.blocks.whole)
         return flat.reshape(-1, self.blocks.size)
 
-    def times(self, vector: jax.Array, factors: jax.Array):  # noqa: D102
-        return vector * factors
-
     def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         if not self.blocks.flat:
             return self.unpack(self.combine(window, coefficients))

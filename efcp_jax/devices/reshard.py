@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efcp_jax import rounded
+from efcp_jax import quantized
 from efcp_jax.devices.description import Description
 
 
@@ -33,8 +33,8 @@ def moved(state: Any, mover: Any, like: Any) -> Any:
     """
 
     def error(error: Any) -> Any:
-        vector = mover.vector(rounded.load(jax.tree.map(np.asarray, error)))
-        return rounded.store_on_host(vector, like.error)
+        vector = mover.vector(quantized.load(jax.tree.map(np.asarray, error)))
+        return quantized.store_on_host(vector, like.error)
 
     ways = {"error": error, "basis": mover.basis}
     fields = {

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax import rounded, varying
+from efcp_jax import quantized, varying
 from efcp_jax.numerics import LARGEST_INDEX, saturate
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.runs import part
@@ -78,7 +78,7 @@ def feed(
             return line >= (i * chunk - start) * each
 
         old = part(error, start * lanes, chunk * lanes)
-        before = rounded.load(old, jnp.float32)
+        before = quantized.load(old, jnp.float32)
         new = fresh(before) & accept
         gradient = jnp.where(new, read(i).reshape(-1, size), 0)
         total = saturate(before + gradient, jnp.float32)
@@ -86,7 +86,7 @@ def feed(
         # A scale for the row can be found behind the last round.
         found = _near(storage, found, places)
         rest = form.residual(total, jnp.where(fresh(found) & accept, found, 0), places)
-        rest = rounded.store(rest, old, new, count, start * lanes)
+        rest = quantized.store(rest, old, new, count, start * lanes)
         # Computed on all cores before it is written, which is done on one.
         rest = lax.optimization_barrier(rest)
         write = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start * lanes, 0)

@@ -33,7 +33,7 @@ from efcp_jax.passes.runs import part, sweep
 from efcp_jax.passes.scaled import COMMUTING
 from efcp_jax.passes.tpu_feed import feed as feed
 from efcp_jax.passes.tpu_tiles import LANES
-from efcp_jax.rounded import Rounded
+from efcp_jax.quantized import Quantized
 
 
 # Entries of a window of large blocks that are summed at a time.
@@ -98,7 +98,7 @@ def combine(
 
 def feeds(error: Any, dtype: np.dtype, lanes: int) -> bool:
     """Return whether `feed` takes this error and values of `dtype`."""
-    if isinstance(error, Rounded):
+    if isinstance(error, Quantized):
         # Bytes are turned where the entries of a block fill lanes.
         fits = error.values.shape[1] % LANES == 0
     else:

@@ -11,7 +11,7 @@ from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.tpu_round import exponent_of, power
 from efcp_jax.passes.tpu_tiles import LANES
-from efcp_jax.rounded import Rounded, at_random, exponents, hashed
+from efcp_jax.quantized import Quantized, at_random, exponents, hashed
 
 
 # The largest exponent whose negative is that of a normal number.
@@ -65,7 +65,7 @@ class Bytes:
 
     arrays = 2
 
-    def operands(self, error: Rounded, group: int, size: int) -> Any:
+    def operands(self, error: Quantized, group: int, size: int) -> Any:
         """Return the arrays that a kernel takes, and what of them a program does."""
         units = error.units.astype(jnp.float32).reshape(-1, 1, LANES)
         line = pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))
@@ -97,13 +97,13 @@ class Bytes:
         after[0][span, :] = whole.T.astype(jnp.int32).astype(jnp.int8)
         after[1][t] = jnp.where(place.accepted, power(exponent), before[1][t])
 
-    def result(self, arrays: list[jax.Array], size: int) -> Rounded:
+    def result(self, arrays: list[jax.Array], size: int) -> Quantized:
         """Return the error from the arrays that a kernel has made."""
         values, units = arrays
         units = units.reshape(-1, 1).astype(jnp.bfloat16)
-        return Rounded(layout.turn(values, size), units)
+        return Quantized(layout.turn(values, size), units)
 
 
 def form(error: Any) -> Floats | Bytes:
     """Return the form of `error`."""
-    return Bytes() if isinstance(error, Rounded) else Floats()
+    return Bytes() if isinstance(error, Quantized) else Floats()

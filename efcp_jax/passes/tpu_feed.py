@@ -34,7 +34,7 @@ def feed(
     found behind this pass.
 
     Args:
-        error: Shape `(blocks, size)`, float32 or bfloat16, or `Rounded`; overwritten.
+        error: Shape `(blocks, size)`, float32 or bfloat16, or `Quantized`; overwritten.
         gradient: Shape `(blocks, size)`, float32.
         accept: Whether to add the gradient and to subtract what is selected.
         count: The number of the step, by which an error of 8 bits is rounded.

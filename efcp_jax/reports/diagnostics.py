@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from efcp_jax import rounded
+from efcp_jax import quantized
 from efcp_jax.metrics.moments import summary
 from efcp_jax.numerics import widest
 from efcp_jax.reports.find import own_states
@@ -71,7 +71,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     inner = found[0]
     result: dict[str, Any] = {"count": inner.count, "skipped": inner.skipped}
     if inner.error is not None:
-        result["error_norm"] = _norm(rounded.load(inner.error))
+        result["error_norm"] = _norm(quantized.load(inner.error))
     if inner.metric is not None:
         mean, spread = summary(inner.metric)
         result |= {"gradient_rms": mean, "metric_spread": spread}

@@ -25,10 +25,6 @@ from efcp_jax.window import Window
 # windows of 16 and 64 rows, with a metric and without, on three kinds of models.
 _DAMPING = 0.1
 
-# Of what lies outside of the rows, in units of them over the damping. The condition
-# number is then so large that float64 would be all rounding errors too.
-_LARGEST_SHARE = 2.0**60
-
 
 def scale_by_mfac(
     window_size: int | None = None,
@@ -37,7 +33,6 @@ def scale_by_mfac(
     relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
-    precondition: str = "row",
     compressor: Compressor | None = None,
     block_diagonal: bool = False,
     metric: Metric | None = None,
@@ -70,10 +65,6 @@ def scale_by_mfac(
             moment is taken over the window. 0 takes the newest row.
         nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
             + (1 - b_1) c_t$.
-        precondition: `"row"` for $c_t$, the newest compressed gradient, which is a row
-            of $G$; `"gradient"` for the gradient $g_t$ itself: what the compressor
-            leaves out of it is divided by $\lambda$ and projected, and is in the update
-            at once, besides in the error. It needs $b_1 = 0$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
         block_diagonal: Whether every leaf has a Gram matrix of its own, a
             block-diagonal preconditioner, instead of one for all parameters. Each is
@@ -130,9 +121,6 @@ def scale_by_mfac(
         the m x m matrix is singular to within rounding.
         With `block_diagonal` there are a Gram matrix and a system for each leaf,
         solved in one batch for windows of less than 512 rows.
-        With `precondition="gradient"` there is one more pass over the window, and there
-        are two temporaries of the size of the model or more. What the error
-        feeds into $c_t$ cancels there: the rounding error grows as $|c_t| / |g_t|$.
         Accuracy: the relative error is the rounding unit times the condition number of
         $\lambda I + K / m$ scaled to unit diagonal; nearly dependent rows with tiny
         $\lambda$ are treated as dependent from about 1e6 on in float32.
@@ -152,16 +140,8 @@ def scale_by_mfac(
     )
     nesterov = _validate.boolean("nesterov", nesterov)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
-    precondition = _validate.choice("precondition", precondition, ("row", "gradient"))
-    whole = precondition == "gradient"
-    if whole and (nesterov or isinstance(b1, jax.Array) or b1 != 0):
-        raise ValueError(
-            '`precondition="gradient"` needs b1=0.0 and nesterov=False, got'
-            f" b1={b1!r} and nesterov={nesterov}: a moment over the window is made of"
-            " its rows. Put `optax.trace` behind it for momentum."
-        )
 
-    def coefficients(gram, kept, window: Window, slot, values, seen=None):
+    def coefficients(gram, kept, window: Window, slot, values):
         size = window.scale.shape[0]
         rows = window.filled.astype(gram.dtype) if divisor == "filled" else size
         rows = jnp.maximum(rows, 1)
@@ -174,20 +154,11 @@ def scale_by_mfac(
             scale, square = grams.in_own_unit(gram, scale, window.filled)
             damping = systems.near(damping * square / rows, kept)
             unit = jnp.sqrt(square)
-        factor = None
-        if seen is not None:
-            # The rest is in units of the newest row. Infinity times 0 would be NaN.
-            finite = lambda x: saturate(x, gram.dtype)
-            factor = finite(scale[slot] / jnp.where(damping > 0, damping, 1))
-            factor = jnp.where(damping > 0, factor, 0)
-            share = finite(finite(scale * seen) / rows * factor)
-            moment -= jnp.clip(share, -_LARGEST_SHARE, _LARGEST_SHARE)
-            factor = factor if unit is None else finite(factor * unit)
         given = gram, scale, slot, damping, rows, kept, moment
         weights, kept = mfac_coefficients(*given)
         if unit is not None:
             weights = saturate(weights * unit, weights.dtype)
-        return (weights, kept) if factor is None else (weights, kept, factor)
+        return weights, kept
 
     return preconditioned(
         ScaleByMfacState,
@@ -202,5 +173,4 @@ def scale_by_mfac(
         error_dtype=error_dtype,
         skip_nonfinite=skip_nonfinite,
         sharding=sharding,
-        whole=whole,
     )

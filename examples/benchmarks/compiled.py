@@ -76,7 +76,6 @@ CASES = {
     "int8-1/128-m1024-flat": mfac(1024, sparse(1, value_dtype=jnp.int8)),
     "float8-1/128-m1024-flat": mfac(1024, sparse(1, value_dtype=jnp.float8_e4m3fn)),
     "byte-error-2/128-m64-flat": mfac(64, sparse(2), error_dtype=jnp.int8),
-    "gradient-2/128-m64-flat": mfac(64, sparse(2), precondition="gradient"),
     "by-leaf-2/128-m64-transformer": mfac(64, sparse(2), block_diagonal=True),
     "sparse-1/128-m64-equal": mfac(64, sparse(1)),
     "sparse-1/128-m64-transformer": mfac(64, sparse(1)),

@@ -29,8 +29,6 @@ BUDGETS = {
         "int8-1/128-m1024-flat": {"gigabytes": 1.3, "percent": 10},
         "float8-1/128-m1024-flat": {"gigabytes": 1.3, "percent": 10},
         "byte-error-2/128-m64-flat": {"gigabytes": 0.5, "percent": 5},
-        # One more pass over the window, and vectors to add and subtract.
-        "gradient-2/128-m64-flat": {"gigabytes": 1.6},
         # A slice that is read ahead counts as the whole that it is of.
         "by-leaf-2/128-m64-transformer": {
             "gigabytes": 4.5,
@@ -59,7 +57,6 @@ BUDGETS = {
         "int8-1/128-m1024-flat": H100 | {"percent": 25, "kernels": 120},
         "float8-1/128-m1024-flat": H100 | {"percent": 25, "kernels": 120},
         "byte-error-2/128-m64-flat": H100 | {"percent": 105, "kernels": 85},
-        "gradient-2/128-m64-flat": H100 | {"percent": 120, "kernels": 90},
         "by-leaf-2/128-m64-transformer": H100 | {"percent": 45, "kernels": 480},
         "sparse-ggt-1/128-m64-flat": FLAT | H100 | {"percent": 75},
         "sparse-1/128-m64-transformer": H100 | {"percent": 125, "kernels": 100},

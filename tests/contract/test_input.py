@@ -57,7 +57,6 @@ REFUSED = [
     ("compressor", ("error_feedback", *SCALES), ["top_k", 0.1, efcp_jax.top_k, X]),
     ("damping", MFAC, [0.0, -1e-3, NAN, math.inf, "1", 1j, X, np.complex64(1)]),
     ("divisor", MFAC, ["m", None, 3, X]),
-    ("precondition", ("scale_by_mfac",), ["rows", None, True, X]),
     ("eps", GGT, [-1e-3, NAN, math.inf, "1", 1j, X]),
     ("b1", (*GGT, *MFAC), [-0.1, 1.0, NAN, "1", X]),
     ("b2", GGT, [0.0, 1.1, NAN, "1", X]),

@@ -29,7 +29,7 @@ import efcp_jax
 from efcp_jax.passes import gpu, tpu
 from efcp_jax.passes.entries import SparseRow
 from efcp_jax.passes.scaled import ScaledRow
-from efcp_jax.rounded import Rounded
+from efcp_jax.quantized import Quantized
 
 
 # Tiles, blocks a tile, entries a block, entries kept, rows.
@@ -73,7 +73,7 @@ def passes(module, shape, dtype):
     dot = functools.partial(module.dot, kept=kept)
     yield "dot", dot, (window, vector)
     units = struct((tiles * lanes, 1), jnp.bfloat16)
-    for error in (vector, Rounded(struct(vector.shape, jnp.int8), units)):
+    for error in (vector, Quantized(struct(vector.shape, jnp.int8), units)):
         if module is tpu and tpu.feeds(error, jnp.dtype(dtype), lanes):
             feed = functools.partial(tpu.feed, kept=kept, dtype=dtype)
             step = struct((), jnp.bool_), struct((), jnp.int32)

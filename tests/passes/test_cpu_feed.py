@@ -12,7 +12,7 @@ import tile_cases
 from tile_cases import Case
 
 import efcp_jax
-from efcp_jax import rounded
+from efcp_jax import quantized
 from efcp_jax.devices.sections import Sections
 from efcp_jax.passes import cpu_feed
 from efcp_jax.passes.entries import Storage
@@ -102,8 +102,8 @@ def test_what_is_not_accepted_changes_no_bit(case, kind):
 def stored(error, kind):
     """Return an error as it is kept in `kind`."""
     vector = jnp.asarray(error, jnp.float32)
-    like = rounded.zeros(vector, P(), jnp.dtype(kind))
-    return rounded.store(vector, like, jnp.asarray(True), jnp.int32(1))
+    like = quantized.zeros(vector, P(), jnp.dtype(kind))
+    return quantized.store(vector, like, jnp.asarray(True), jnp.int32(1))
 
 
 @pytest.mark.usefixtures("rounds")
@@ -115,12 +115,12 @@ def test_an_error_of_bytes_is_rounded_as_all_at_once(case, dtype):
     error, gradient = spread * tile_cases.vector(case, 1), tile_cases.vector(case, 2)
     old, gradient = stored(error, "int8"), (spread * gradient).astype(np.float32)
     values, offsets, rest = feed(case, old, gradient, count=11, dtype=dtype)
-    total = np.asarray(rounded.load(old)) + gradient
+    total = np.asarray(quantized.load(old)) + gradient
     np.testing.assert_array_equal(offsets, tile_cases.largest(total, case.kept))
     left = total.copy()
     taken = np.take_along_axis(total, offsets, 1) - np.asarray(values)
     np.put_along_axis(left, np.asarray(offsets), taken, 1)
-    expected = rounded.store(jnp.asarray(left), old, jnp.asarray(True), jnp.int32(11))
+    expected = quantized.store(jnp.asarray(left), old, jnp.asarray(True), jnp.int32(11))
     jax.tree.map(np.testing.assert_array_equal, rest, expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tile_cases
 from tile_cases import Case
 
-from efcp_jax import rounded
+from efcp_jax import quantized
 from efcp_jax.passes import tpu_add, tpu_feed, tpu_inner, tpu_select
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.scaled import ScaledRow
@@ -119,17 +119,17 @@ def test_feed_keeps_an_error_in_bytes_as_it_is_kept_elsewhere(case):
     kept_in, count = jnp.dtype(jnp.int8), jnp.int32(11)
     spread = 10.0 ** np.linspace(-20, 20, case.tiles * case.lanes)[:, None]
     start = jnp.asarray(spread * tile_cases.vector(case, 1), jnp.float32)
-    nothing = rounded.zeros(start, P(), kept_in)
-    old = rounded.store(start, nothing, ACCEPTED[0], jnp.int32(4))
+    nothing = quantized.zeros(start, P(), kept_in)
+    old = quantized.store(start, nothing, ACCEPTED[0], jnp.int32(4))
     gradient = jnp.asarray(spread * tile_cases.vector(case, 2), jnp.float32)
     feed = compiled(tpu_feed.feed, kept=case.kept, dtype="bfloat16")
     values, offsets, rest = feed(old, gradient, jnp.asarray(True), count)
     # The same numbers from an error of float32, rounded behind the pass.
-    vector = rounded.load(old)
+    vector = quantized.load(old)
     *row, left = feed(vector, gradient, jnp.asarray(True), count)
     np.testing.assert_array_equal(values, row[0])
     np.testing.assert_array_equal(offsets, row[1])
-    expected = rounded.store(left, old, jnp.asarray(True), count)
+    expected = quantized.store(left, old, jnp.asarray(True), count)
     jax.tree.map(np.testing.assert_array_equal, rest, expected)
     _, _, rest = feed(old, jnp.full_like(gradient, jnp.nan), jnp.asarray(False), count)
     jax.tree.map(np.testing.assert_array_equal, rest, old)

@@ -12,7 +12,7 @@ import pytest
 import sharding_cases
 
 import efcp_jax
-from efcp_jax import rounded
+from efcp_jax import quantized
 from efcp_jax.sharding import reshard_state
 
 
@@ -39,13 +39,13 @@ def drawn(shape=(6, 300), dtype=np.float32):
 
 
 def empty(x):
-    return rounded.zeros(jnp.asarray(x), P(), jnp.dtype(jnp.int8))
+    return quantized.zeros(jnp.asarray(x), P(), jnp.dtype(jnp.int8))
 
 
 def kept(x, count=0):
     given = jnp.asarray(x), empty(x), jnp.asarray(True), jnp.int32(count)
-    stored = jax.jit(rounded.store)(*given)
-    return stored, np.asarray(rounded.load(stored, x.dtype), np.float64)
+    stored = jax.jit(quantized.store)(*given)
+    return stored, np.asarray(quantized.load(stored, x.dtype), np.float64)
 
 
 def test_a_number_is_off_by_less_than_the_unit_of_its_group():
@@ -66,7 +66,7 @@ def test_a_number_is_off_by_less_than_the_unit_of_its_group():
 def test_rounding_drifts_nowhere():
     x = drawn()
     steps = 4000
-    many = jax.jit(jax.vmap(rounded.store, in_axes=(None, None, None, 0)))(
+    many = jax.jit(jax.vmap(quantized.store, in_axes=(None, None, None, 0)))(
         jnp.asarray(x), empty(x), jnp.asarray(True), jnp.arange(steps)
     )
     values = np.asarray(many.values, np.float64)
@@ -87,8 +87,8 @@ def test_numbers_that_were_kept_stay_as_they_are():
     _, y = kept(drawn())
     for count in (1, 2, 77):
         np.testing.assert_array_equal(kept(y.astype(np.float32), count)[1], y)
-    on_host = rounded.store_on_host(y.astype(np.float32), empty(y))
-    np.testing.assert_array_equal(rounded.load(on_host, np.float64), y)
+    on_host = quantized.store_on_host(y.astype(np.float32), empty(y))
+    np.testing.assert_array_equal(quantized.load(on_host, np.float64), y)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-44, 1e-38, 1e30, 1e38])
@@ -112,7 +112,7 @@ def test_gradients_arrive_but_for_one_rounding_error(name):
     given = np.sum(cases.vectors(stacked), axis=0)
     layout = efcp_jax.devices.placement.layout(cases.params(), jnp.float32, None)
     space = COMPRESSORS[name].bind(layout)
-    error = rounded.load(cases.at(states.error, steps - 1), jnp.float32)
+    error = quantized.load(cases.at(states.error, steps - 1), jnp.float32)
     left = oracles.flat(jax.tree.leaves(space.unpack(error)))
     held = jax.tree.leaves(states.error)
     most = float(max(jnp.max(x) for x in held if x.dtype == jnp.bfloat16))
@@ -135,7 +135,7 @@ def test_small_gradients_are_not_lost():
 
     run = jax.jit(lambda state, stacked: jax.lax.scan(step, state, stacked))
     state, updates = run(tx.init(jnp.zeros(size)), jnp.asarray(turning))
-    left = rounded.load(state.error, jnp.float32).reshape(-1)
+    left = quantized.load(state.error, jnp.float32).reshape(-1)
     heard = np.asarray(updates, np.float64).sum(axis=0) + left
     # 3,999 roundings to units of at most 1 / 32, most of them to zero.
     assert np.abs(heard[2:] - steps * small).max() <= 1.5
@@ -161,7 +161,7 @@ def test_states_tell_of_the_error_as_it_is():
     stacked, state = cases.gradients(4), tx.init(cases.params())
     for t in range(4):
         _, state = tx.update(cases.at(stacked, t), state)
-    vector = np.asarray(rounded.load(state[0].error, jnp.float32), np.float64)
+    vector = np.asarray(quantized.load(state[0].error, jnp.float32), np.float64)
     report = efcp_jax.diagnostics(state)
     assert report["error_norm"] == pytest.approx(np.linalg.norm(vector), rel=1e-6)
     fields = efcp_jax.memory_report(tx, cases.params()).fields
@@ -216,10 +216,10 @@ def test_groups_of_many_devices_are_those_of_the_whole_array(size, ways):
     spec = P(None, "x" if ways > 1 else None)
     parts = []
     for part in np.split(x, ways, axis=1):
-        like = rounded.zeros(jnp.asarray(part), spec, jnp.dtype(jnp.int8))
-        parts.append(rounded.store_on_host(part, like))
+        like = quantized.zeros(jnp.asarray(part), spec, jnp.dtype(jnp.int8))
+        parts.append(quantized.store_on_host(part, like))
     whole = jax.tree.map(lambda *each: np.concatenate(each, axis=1), *parts)
-    each = [rounded.load(part, np.float32) for part in parts]
-    found = rounded.load(whole, np.float32)
+    each = [quantized.load(part, np.float32) for part in parts]
+    found = quantized.load(whole, np.float32)
     np.testing.assert_array_equal(found, np.concatenate(each, axis=1))
     assert whole.units.nbytes <= max(4 * ways, whole.values.nbytes / 16)

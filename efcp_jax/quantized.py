@@ -34,7 +34,7 @@ DTYPE = jnp.dtype(jnp.int8)
 _Array: TypeAlias = Any
 
 
-class Rounded(NamedTuple):
+class Quantized(NamedTuple):
     """An array of a vector, in 8 bits.
 
     Attributes:
@@ -62,7 +62,7 @@ def zeros(vector: Any, specs: Any, dtype: np.dtype | None) -> Any:
         divided = len(spec) == x.ndim and spec[-1] is not None
         count = _count(x.shape[-1], divided)
         units = jnp.zeros((*x.shape[:-1], count), jnp.bfloat16)
-        return Rounded(x.astype(DTYPE), units)
+        return Quantized(x.astype(DTYPE), units)
 
     return jax.tree.map(one, vector, specs)
 
@@ -71,7 +71,7 @@ def specs(vector: Any, dtype: np.dtype | None) -> Any:
     """Return how an error is divided among devices, from how a vector is."""
     if dtype != DTYPE:
         return vector
-    each = lambda spec: Rounded(spec, spec)
+    each = lambda spec: Quantized(spec, spec)
     return jax.tree.map(each, vector, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
@@ -98,12 +98,12 @@ def load(error: Any, dtype: Any = None) -> Any:
     """
 
     def one(x: Any) -> _Array:
-        if not isinstance(x, Rounded):
+        if not isinstance(x, Quantized):
             return x.astype(dtype or x.dtype)
         units = x.units.astype(dtype or np.float32)
         return x.values.astype(units.dtype) * _spread(units, x.values)
 
-    return jax.tree.map(one, error, is_leaf=lambda x: isinstance(x, Rounded))
+    return jax.tree.map(one, error, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def store(
@@ -122,13 +122,13 @@ def store(
     """
 
     def one(x: jax.Array, old: Any) -> Any:
-        if not isinstance(old, Rounded):
+        if not isinstance(old, Quantized):
             # An infinity in the error would make every later step non-finite.
             return cast(x, old.dtype)
         unit = _units(x, old.units.shape[-1], jnp)
         scaled = x * _spread(1 / unit, x)
         values = at_random(scaled, uniform(x.shape, count, first)).astype(DTYPE)
-        new = Rounded(values, unit.astype(jnp.bfloat16))
+        new = Quantized(values, unit.astype(jnp.bfloat16))
         return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
     return jax.tree.map(one, vector, like)
@@ -138,11 +138,11 @@ def store_on_host(vector: Any, like: Any) -> Any:
     """Return a vector as `like` is kept, rounded to the nearest, in arrays of NumPy."""
 
     def one(x: np.ndarray, old: Any) -> Any:
-        if not isinstance(old, Rounded):
+        if not isinstance(old, Quantized):
             return x
         unit = _units(x, old.units.shape[-1], np)
         whole = np.clip(np.rint(x / _spread(unit, x)), -_MOST, _MOST)
-        return Rounded(whole.astype(DTYPE), unit.astype(jnp.bfloat16))
+        return Quantized(whole.astype(DTYPE), unit.astype(jnp.bfloat16))
 
     return jax.tree.map(one, vector, like)
 

@@ -21,14 +21,12 @@ class Taken(NamedTuple):
 
     Attributes:
         row: The compressed gradient.
-        gradient: The gradient, in the metric if there is one.
         finite: Whether all entries of the gradient on this device are finite.
         measured: The metric, or None.
         guarded: Whether it was known whether to skip, and nothing is left to choose.
     """
 
     row: feedback.Compressed
-    gradient: Any
     finite: jax.Array
     layout: Layout
     measured: Measured | None
@@ -81,7 +79,7 @@ def take(
         accept=accept,
         count=state.count,
     )
-    return Taken(row, updates, finite, space.layout, measured, guarded)
+    return Taken(row, finite, space.layout, measured, guarded)
 
 
 def select(accept: jax.Array, new: Any, old: Any) -> Any:
