@@ -14,8 +14,8 @@ import numpy as np
 # triangular solution of 1024 rows takes half a minute, and in blocks of rows seconds.
 _BLOCK = 256
 
-# Above this, entries cannot be counted in the 32 bits of an index.
-LARGEST_INDEX = 2**31 - 1
+# Entries that an index of 32 bits tells apart; JAX has no others without 64-bit mode.
+_INDEXED = 2**31 - 1
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -101,6 +101,15 @@ def not_vanished(value: Any) -> Any:
     if getattr(value, "dtype", None) != jnp.float16:
         return value
     return jnp.where(value == 0, jnp.finfo(jnp.float16).smallest_subnormal, value)
+
+
+def indexed(size: int = 1) -> int:
+    """Return how many units of `size` entries an index reaches across, at least one.
+
+    A program indexes into no more at once: what is longer is cut where it is known how
+    long it is, and axes may be as many and as long as they like.
+    """
+    return max(1, _INDEXED // size)
 
 
 def roots(factor: chex.Numeric, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ import numpy as np
 from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.sections import Sections
-from efcp_jax.numerics import LARGEST_INDEX, saturate
+from efcp_jax.numerics import indexed, saturate
 
 
 # On a mesh where some leaves are replicated, one block for everything would pad the
@@ -54,7 +54,8 @@ class Blocks:
 
         Args:
             layout: The tree's leaves on this device.
-            size: Entries a block; None for the largest blocks.
+            size: Entries a block; None for the largest blocks: one for each part of the
+                vector that an index reaches across.
             tile: The number of blocks of every device is a multiple of this many, or of
                 itself if there are fewer.
 
@@ -73,7 +74,7 @@ class Blocks:
             size = size if len(copies) <= 1 else min(size, _MESH_BLOCK)
         # A given size is cut down to the leaves, never to a device's share of them, so
         # that data parallelism selects the same entries as one device.
-        size = min(size, largest)
+        size = _in_reach(min(size, largest))
         counts = [-(-n // size) for n in totals] or [1]
         share = _tiled(max(1, -(-sum(counts) // ways)), tile)
         if layout.chosen and any(leaf.axes for leaf in layout.leaves):
@@ -83,12 +84,14 @@ class Blocks:
         # The last group takes the blocks that make the count divide among devices.
         counts[-1] += share * ways - sum(counts)
         members_in_order = [tuple(members[c]) for c in copies] or [()]
-        weights = np.repeat([1.0 / c for c in copies] or [1.0], counts)
+        # Not where it would be of ones: there may be millions of blocks.
+        alone = copies in ([], [1])
+        weights = None if alone else np.repeat([1.0 / c for c in copies], counts)
         return cls(
             layout=layout,
             size=size,
             groups=tuple(zip(members_in_order, counts, strict=True)),
-            weights=None if np.all(weights == 1.0) else weights,
+            weights=weights,
         )
 
     @property
@@ -103,7 +106,7 @@ class Blocks:
 
         Then runs of leaves are read and written without the blocks around them.
         """
-        return not self.layout.axes and self.count * self.size <= LARGEST_INDEX
+        return not self.layout.axes and self.count * self.size <= indexed()
 
     @property
     def spec(self) -> PartitionSpec:
@@ -190,8 +193,13 @@ def _tiled(count: int, tile: int) -> int:
     return count + -count % min(tile, count)
 
 
+def _in_reach(size: int) -> int:
+    """Return the size of the equal parts that an index reaches across."""
+    return -(-size // -(-size // indexed()))
+
+
 def _on_one_device(layout: Layout, size: int | None, tile: int) -> tuple[int, int]:
     """Return how many blocks one device alone would have, and their size."""
     total = max(1, sum(leaf.whole_size for leaf in layout.leaves))
-    size = min(size or total, total)
+    size = _in_reach(min(size or total, total))
     return _tiled(-(-total // size), tile), size

@@ -194,7 +194,7 @@ def summary(state: MetricState) -> tuple[jax.Array, jax.Array]:
         size = math.prod(part.size for part in parts)
         sums.append(size * jnp.stack([squares, roots]))
         count += size
-    squares, roots = functools.reduce(jnp.add, sums) / max(count, 1)
+    squares, roots = functools.reduce(jnp.add, sums) / float(max(count, 1))
     share = roots**2 / jnp.where(squares > 0, squares, 1)
     spread = jnp.where(squares > 0, jnp.sqrt(jnp.maximum(1 - share, 0)), 0)
     return jnp.sqrt(state.mean), spread

@@ -13,6 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax import varying
+from efcp_jax.numerics import indexed
 from efcp_jax.passes import reference
 from efcp_jax.passes.bisection import largest
 from efcp_jax.passes.entries import SparseRow, Stored, Tiled
@@ -121,7 +122,8 @@ def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
     count, entries = shape(window)
     products = functools.partial(chunk_products, form, window, row)
     add = lambda total, start, chunk: total + products(start, chunk)
-    chunk = max(1, min(_INNER // entries, count // _FEWEST_ROUNDS))
+    chunk = min(_INNER // entries, count // _FEWEST_ROUNDS, indexed(form.size))
+    chunk = max(1, chunk)
     whole = count // chunk * chunk
     zeros = varying.like(window, jnp.zeros((chunk, entries), row.values.dtype))
     # A sum over blocks and then over entries takes three times as long as one of both.
@@ -146,5 +148,5 @@ def combine_large(
         added = (values * each[None]).reshape(-1)
         return zeros.at[index].add(added, mode="promise_in_bounds")
 
-    chunk = max(1, _COMBINE // entries)
+    chunk = max(1, min(_COMBINE // entries, indexed(form.size)))
     return write(runs, form.size, chunk, sums, jnp.zeros_like(weights[0]))

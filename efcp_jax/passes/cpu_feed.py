@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import quantized, varying
-from efcp_jax.numerics import LARGEST_INDEX, saturate
+from efcp_jax.numerics import indexed, saturate
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.runs import part
 from efcp_jax.passes.scaled import COMMUTING
@@ -31,7 +31,7 @@ def feeds(form: Any, error: Any, storage: Storage, dtype: np.dtype) -> bool:
     kept = jax.tree.leaves(error)[0]
     units, chunk = _rounds(form, kept.shape)
     narrow = kept.dtype.itemsize < 4 and dtype == jnp.float32
-    fits = chunk < units and kept.size <= LARGEST_INDEX
+    fits = chunk < units and kept.size <= indexed()
     return narrow and fits and storage.values.name in COMMUTING
 
 

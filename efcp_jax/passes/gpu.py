@@ -13,6 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax import varying
+from efcp_jax.numerics import indexed
 from efcp_jax.passes import reference
 from efcp_jax.passes.entries import SparseRow, Stored, Tiled
 from efcp_jax.passes.matching import (
@@ -24,7 +25,7 @@ from efcp_jax.passes.matching import (
     select as select,
     spread,
 )
-from efcp_jax.passes.places import chunk_products, place, shape
+from efcp_jax.passes.places import chunk_products, in_reach, place, shape
 from efcp_jax.passes.runs import sweep
 
 
@@ -53,7 +54,7 @@ def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
     count, entries = shape(window)
     products = functools.partial(chunk_products, form, window, row)
     add = lambda total, start, chunk: total + jnp.sum(products(start, chunk), axis=0)
-    chunk = max(1, _INNER // entries)
+    chunk = max(1, min(_INNER // entries, indexed(form.size)))
     zeros = varying.like(window, jnp.zeros(entries, row.values.dtype))
     total = sweep(count, chunk, zeros, add)
     return jnp.sum(total.reshape(-1, form.kept), axis=1)
@@ -64,12 +65,15 @@ def combine_large(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
 
-    def add(i: Any, total: jax.Array) -> jax.Array:
-        slot = lambda leaf: lax.dynamic_slice_in_dim(
-            leaf, i * form.kept, form.kept, axis=1
-        )
-        row = form.storage.load(jax.tree.map(slot, window), weights.dtype)
-        return place(form.size, row[1], row[0] * weights[i], total)
+    def sums(window: Stored) -> jax.Array:
+        def add(i: Any, total: jax.Array) -> jax.Array:
+            slot = lambda leaf: lax.dynamic_slice_in_dim(
+                leaf, i * form.kept, form.kept, axis=1
+            )
+            row = form.storage.load(jax.tree.map(slot, window), weights.dtype)
+            return place(form.size, row[1], row[0] * weights[i], total)
 
-    zeros = varying.like(window, jnp.zeros(shape(window)[0] * form.size, weights.dtype))
-    return reference.cut(lax.fori_loop(0, len(weights), add, zeros), runs)
+        zeros = jnp.zeros(shape(window)[0] * form.size, weights.dtype)
+        return lax.fori_loop(0, len(weights), add, varying.like(window, zeros))
+
+    return reference.cut(in_reach(window, form.size, sums), runs)

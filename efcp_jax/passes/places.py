@@ -1,12 +1,14 @@
 """Sparse rows of large blocks, laid end to end: what the platforms' forms share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from efcp_jax.numerics import indexed
 from efcp_jax.passes.entries import SparseRow, Stored
-from efcp_jax.passes.runs import part
+from efcp_jax.passes.runs import joined, part
 
 
 def chunk_products(
@@ -32,6 +34,21 @@ def place(
     return out.at[positions(size, offsets)].add(
         values, mode="promise_in_bounds", unique_indices=True
     )
+
+
+def in_reach(
+    window: Stored, size: int, sums: Callable[[Stored], jax.Array]
+) -> jax.Array:
+    """Return the sums of a window, of its blocks as many at once as indices reach.
+
+    Args:
+        window: The rows as they are stored.
+        size: Entries a block.
+        sums: From some of the blocks to their entries, laid end to end.
+    """
+    most, count = indexed(size), shape(window)[0]
+    cut = lambda first: jax.tree.map(lambda x: x[first : first + most], window)
+    return joined([sums(cut(first)) for first in range(0, count, most)])
 
 
 def positions(size: int, offsets: jax.Array) -> jax.Array:

@@ -6,12 +6,15 @@ those of the next run are begun. A leaf that is a run by itself is not copied at
 """
 
 from collections.abc import Callable, Sequence
+import itertools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+from efcp_jax.numerics import indexed
 
 
 # From the number of a unit and a count to the entries of that many units, laid end to
@@ -43,7 +46,12 @@ def write(
     for sizes in runs:
         ends = np.cumsum(sizes)
         stop = start + int(ends[-1])
-        pieces = jnp.split(_run(start, stop, unit, chunk, units, zero), ends[:-1])
+        cuts = [*range(start, stop, indexed()), stop]
+        parts = [
+            _run(low, high, unit, chunk, units, zero)
+            for low, high in itertools.pairwise(cuts)
+        ]
+        pieces = jnp.split(joined(parts), ends[:-1])
         zero = zero_after(zero, *pieces)
         leaves += pieces
         start = stop
@@ -73,11 +81,16 @@ def _run(
         out = out.at[len(out) - len(tail) :].set(tail)
 
     def step(out: jax.Array, at: Any, count: int) -> jax.Array:
-        place = (first + at) * unit - start
+        place = at * unit + (first * unit - start)
         entries = units(first + at, count)
         return lax.dynamic_update_slice_in_dim(out, entries, place, axis=0)
 
     return sweep(last - first, chunk, out, step) if first < last else out
+
+
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return arrays laid end to end: nothing is copied if there is one."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def sweep(

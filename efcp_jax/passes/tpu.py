@@ -9,6 +9,7 @@ Where m k is a multiple of 8, XLA keeps windows in the order in which kernels re
 any other window is copied before a kernel reads it.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -28,7 +29,7 @@ from efcp_jax.passes import (
     tpu_tiles,
 )
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
-from efcp_jax.passes.places import shape
+from efcp_jax.passes.places import in_reach, shape
 from efcp_jax.passes.runs import part, sweep
 from efcp_jax.passes.scaled import COMMUTING
 from efcp_jax.passes.tpu_feed import feed as feed
@@ -127,12 +128,12 @@ def combine_large(
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     # An offset is a number of two digits. What says which entry has which first digit,
     # times what says which has which second one and how much, is the sum.
-    count, entries = shape(window)
+    entries = shape(window)[1]
     each = jnp.repeat(weights, form.kept)
     low = 2 ** math.ceil(math.log2(form.size) / 2)
     high = -(-form.size // low)
 
-    def write_sums(out: jax.Array, start: Any, chunk: int) -> jax.Array:
+    def write_sums(window: Stored, out: jax.Array, start: Any, chunk: int):
         values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
         digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
         first = (offsets // low)[:, :, None] == digits(high)
@@ -146,6 +147,10 @@ def combine_large(
         sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
         return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
 
-    out = varying.like(window, jnp.zeros(count * form.size, weights.dtype))
-    chunk = max(1, _COMBINE // entries)
-    return reference.cut(sweep(count, chunk, out, write_sums), runs)
+    def sums(window: Stored) -> jax.Array:
+        count = shape(window)[0]
+        out = varying.like(window, jnp.zeros(count * form.size, weights.dtype))
+        step = functools.partial(write_sums, window)
+        return sweep(count, max(1, _COMBINE // entries), out, step)
+
+    return reference.cut(in_reach(window, form.size, sums), runs)

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.numerics import widest
+from efcp_jax.numerics import indexed, widest
 
 
 _SHARES = (0.25, 0.5, 0.75)
@@ -38,7 +38,8 @@ def ratio_quartiles(updates: chex.ArrayTree, gradients: chex.ArrayTree) -> jax.A
         Time: 15 passes over 2 bytes a parameter, which are its only memory.
     """
     pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(gradients), strict=True)
-    keys = [_key(*pair) for pair in pairs]
+    # In parts whose entries an int32 counts.
+    keys = [part for pair in pairs for part in _parts(_key(*pair))]
     count = lambda limit: sum(
         (jnp.sum(key <= limit, dtype=jnp.int32).astype(jnp.float32) for key in keys),
         jnp.zeros(()),
@@ -66,6 +67,14 @@ def ratio_quartiles(updates: chex.ArrayTree, gradients: chex.ArrayTree) -> jax.A
     middle = lax.bitcast_convert_type(low << 16 | 2**15, jnp.float32)
     infinite = low >= 0x7F80
     return jnp.where(infinite, jnp.inf, jnp.where(low == 0, 0, middle))
+
+
+def _parts(key: jax.Array) -> list[jax.Array]:
+    """Return the entries as one array, or in as many as an index needs."""
+    if key.size <= indexed():
+        return [key]
+    flat = key.reshape(-1)
+    return [flat[i : i + indexed()] for i in range(0, key.size, indexed())]
 
 
 def _key(update: jax.Array, gradient: jax.Array) -> jax.Array:
