@@ -12,7 +12,7 @@ before it enters the window, and error feedback adds what was dropped to the nex
 | `error_feedback` | compression with error feedback alone, in front of any optimizer |
 | `identity`, `top_k`, `low_rank` | compressors, for the argument `compressor` |
 | `by_label` | a compressor that uses others, one for each label of parameters |
-| `diagonal_metric`, `fixed_metric` | metrics, for the argument `metric` |
+| `diagonal_metric`, `fixed_metric` | metrics: what gradients are measured in |
 | `in_metric` | any Optax transformation in a metric |
 | `memory_report` | bytes of every field of an optimizer's state, without allocating |
 | `diagnostics` | error, row norms, window fill, spectrum and rank, from a state |
