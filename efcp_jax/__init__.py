@@ -4,6 +4,23 @@ M-FAC (natural gradient with the damped empirical Fisher matrix) and GGT (full-m
 Adagrad) keep a sliding window of past gradients. Here every gradient is compressed
 before it enters the window, and error feedback adds what was dropped to the next one.
 
+| name | what it is |
+|---|---|
+| `mfac`, `sparse_mfac`, `low_rank_mfac` | M-FAC with momentum, weight decay and rate |
+| `ggt`, `sparse_ggt`, `low_rank_ggt` | GGT with momentum, weight decay and rate |
+| `scale_by_mfac`, `scale_by_ggt` | the preconditioners alone, for `optax.chain` |
+| `error_feedback` | compression with error feedback alone, in front of any optimizer |
+| `identity`, `top_k`, `low_rank` | compressors, for the argument `compressor` |
+| `by_label` | a compressor that uses others, one for each label of parameters |
+| `diagonal_metric`, `fixed_metric` | metrics: what gradients are measured in |
+| `in_metric` | any Optax transformation in a metric |
+| `memory_report` | bytes of every field of an optimizer's state, without allocating |
+| `diagnostics` | error, row norms, window fill, spectrum and rank, from a state |
+| `monitor` | figures of the last step of any optimizer, in its state |
+| `inverse_fisher_product` | any tree times a trained M-FAC's inverse Fisher matrix |
+| `sharding` | module: where the state lives on many devices, and how to move it |
+| `ScaleByMfacState`, `ScaleByGgtState`, `ErrorFeedbackState`, `MonitorState` | states |
+
 Symbols, used alike in code, docs and tests:
 
 | symbol | meaning |

@@ -1,4 +1,4 @@
-r"""Many devices: where the state lives, and how to carry it to other devices.
+"""Many devices: where the state lives, and how to carry it to other devices.
 
 The step runs on all devices at once (`jax.shard_map`), each on its share of every
 parameter. Nothing needs to be said about where the parameters live:
@@ -26,14 +26,14 @@ sharded along both sides.)
 |---|---|
 | replicated (data parallel) | all-reduce of m floats, all-gather of the update |
 | sharded over every mesh axis (FSDP, tensor parallel, both) | all-reduce of m floats |
-| sharded over some axes, none over the others | all-reduce of m floats, all-gather of \
-each device's shard of the update over the other, *idle*, axes |
+| sharded over some axes, none over others | both, the all-gather over *idle* axes |
 
 An axis is idle if it shards no parameter at all. The state is divided over idle axes as
-by ZeRO, which costs the all-gather. To have the single all-reduce, shard the parameters
-over those axes too. A leaf that is replicated while others are sharded (a bias beside
-FSDP matrices) is held by all devices of the axis, packed in blocks of its own, and
-weighs one over their number in inner products: keep large leaves sharded.
+by ZeRO, which costs the all-gather of each device's shard of the update. To have the
+single all-reduce, shard the parameters over those axes too. A leaf that is replicated
+while others are sharded (a bias beside FSDP matrices) is held by all devices of the
+axis, packed in blocks of its own, and weighs one over their number in inner products:
+keep large leaves sharded.
 
 A metric, which optimizers have by default, adds an all-reduce for each set of mesh axes
 that cuts matrices, of a number for each row or column that is cut. Where parameters are

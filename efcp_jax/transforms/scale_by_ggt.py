@@ -59,8 +59,8 @@ def scale_by_ggt(
         b1: Decay of the first moment, in [0, 1), at most `b2`. It needs no momentum
             buffer: the moment is taken over the window. 0 takes the newest row.
         b2: Decay of the older rows of the window, in (0, 1]. 1 keeps them as they are.
-        nesterov: Whether the moment looks ahead, $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i
-            + (1 - b_1) c_t$.
+        nesterov: Whether the moment looks ahead,
+            $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i + (1 - b_1) c_t$.
         compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
         block_diagonal: Whether every leaf has a Gram matrix of its own, a
             block-diagonal preconditioner, instead of one for all parameters. Each is
