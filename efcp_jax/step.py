@@ -41,7 +41,7 @@ def compressed(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that emits $c_t$; arguments as `error_feedback`."""
     compressor, metric = _compressor(compressor), optional(metric)
-    error_dtype = _validate.error_dtype(error_dtype)
+    error_dtype = _validate.floating_dtype("error_dtype", error_dtype, ("int8",))
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
     def init(space: Space) -> ErrorFeedbackState:
@@ -118,7 +118,7 @@ def preconditioned(
     # A compressor that drops nothing leaves an error of zero, not worth its memory.
     error_feedback = _validate.boolean("error_feedback", error_feedback)
     error_feedback = error_feedback and not compressor.lossless
-    error_dtype = _validate.error_dtype(error_dtype)
+    error_dtype = _validate.floating_dtype("error_dtype", error_dtype, ("int8",))
     skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
 
     def init(space: Space):

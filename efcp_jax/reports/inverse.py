@@ -108,13 +108,7 @@ def inverse_fisher_product(
         raise TypeError(
             f"`damping` must be a number, got {damping!r}. Pass the schedule's value."
         )
-    damping = _validate.number(
-        "damping",
-        damping,
-        low=0.0,
-        open_low=True,
-        remedy="Pass a small number such as 1e-5.",
-    )
+    damping = _validate.number("damping", damping)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
     _validate_trees.floating_leaves(tree, "tree")
     own: Any = found[0]

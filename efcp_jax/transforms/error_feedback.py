@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import optax
 
+from efcp_jax._docstrings import documented
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric
 from efcp_jax.step import compressed
 
 
+@documented()
 def error_feedback(
     compressor: Compressor | None = None,
     *,
@@ -24,29 +26,12 @@ def error_feedback(
 
     Put it in front of any optimizer to train on compressed gradients.
 
-    Args:
-        compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
-        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
-            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
-            multiplied by $D^{-1/2}$. None for the Euclidean metric.
-        error_dtype: Dtype in which the error is kept. None keeps it in the working
-            dtype (float32, or float64 for float64 parameters), in which no part of a
-            gradient is lost; `jnp.bfloat16` halves it and loses its rounding;
-            `jnp.int8` keeps a byte an entry and a power of two a block, rounded at
-            random so that in the mean nothing is lost.
-        skip_nonfinite: Whether a gradient with an entry that is not finite leaves the
-            error as it is and emits zeros. False lets such entries through.
-        sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for
-            every leaf, as a tree prefix. None takes it from the arrays' types under
-            Explicit mesh axes; under Auto axes it spreads the step over the mesh in a
-            way of its own, see `efcp_jax.sharding`.
+    %(arguments)s
 
     Returns:
         A gradient transformation with an `ErrorFeedbackState`.
 
-    Raises:
-        TypeError: An argument is of the wrong type, or traced.
-        ValueError: An argument is out of range.
+    %(raises)s
 
     Examples:
         >>> import efcp_jax, jax.numpy as jnp, optax
@@ -62,8 +47,7 @@ def error_feedback(
         [-0. -6. -0. -0.]
 
     References:
-        Modoranu et al., `Error Feedback Can Accurately Compress Preconditioners
-        <https://arxiv.org/abs/2306.06098>`_, 2024
+        %(efcp_paper)s
 
     Notes:
         Memory: the error, 4 bytes a parameter. Time: one compression.
