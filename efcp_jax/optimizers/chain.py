@@ -74,8 +74,10 @@ def with_learning_rate(
     _validate.number("weight_decay", weight_decay)
     trace, decay = optax.identity(), optax.identity()
     if momentum is not None and not _is_zero(_validate.number("momentum", momentum)):
-        scheduled = optax.inject_hyperparams(optax.trace)
-        trace = _steady((scheduled if callable(momentum) else optax.trace)(momentum))
+        make: Any = optax.trace
+        if callable(momentum):
+            make = optax.inject_hyperparams(make)
+        trace = _steady(make(momentum))
     if not _is_zero(weight_decay):
         decay = _steady(optax.add_decayed_weights(weight_decay, mask))
     rate = _steady(optax.scale_by_learning_rate(learning_rate))

@@ -1,14 +1,37 @@
 """Compression with error feedback alone."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
+import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 from efcp_jax._docstrings import documented
-from efcp_jax.compressors import Compressor
-from efcp_jax.metrics import Metric
-from efcp_jax.step import compressed
+from efcp_jax.compressors import Compressor, Space
+from efcp_jax.feedback import Feedback
+from efcp_jax.metrics import Metric, MetricState
+from efcp_jax.protocol import Step, transformation
+from efcp_jax.step import checked
+
+
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`.
+
+    Attributes:
+        count: Number of updates, int32.
+        skipped: Number of updates skipped for entries that were not finite, int32.
+        error: What compression has dropped so far, in working form.
+        basis: What the compressor carries between steps, or None.
+        metric: The moments of the metric, or None.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree
+    basis: chex.ArrayTree | None
+    metric: MetricState | None = None
 
 
 @documented()
@@ -52,10 +75,32 @@ def error_feedback(
     Notes:
         Memory: the error, 4 bytes a parameter. Time: one compression.
     """
-    return compressed(
-        compressor=compressor,
-        metric=metric,
-        error_dtype=error_dtype,
-        skip_nonfinite=skip_nonfinite,
-        sharding=sharding,
+    feedback = checked(compressor, metric, error_dtype, skip_nonfinite)
+    step = Step(
+        feedback.compressor,
+        lambda space: ErrorFeedbackState(**feedback.init(space)),
+        lambda space: ErrorFeedbackState(**feedback.specs(space)),
+        functools.partial(_step, feedback),
     )
+    return transformation(step, {}, sharding)
+
+
+def _step(
+    feedback: Feedback, space: Space, updates: Any, state: Any, values: dict
+) -> tuple[Any, ErrorFeedbackState]:
+    del values
+    new = feedback.take(space, updates, state)
+    accept, share = jnp.asarray(True), new.share
+    if feedback.skip_nonfinite:
+        fault = jnp.where(new.finite, 0, 1).astype(space.layout.dtype)
+        faults, share = space.layout.sum((fault, share))
+        accept = faults == 0
+    else:
+        share = space.layout.sum(share)
+
+    def update(scale: jax.Array) -> Any:
+        scaled = lambda c: jnp.where(accept, c * scale, 0)
+        return space.unpack(jax.tree.map(scaled, space.expand(new.row)))
+
+    updates = new.outward(update, new.scale)
+    return updates, ErrorFeedbackState(**new.kept(accept, share, state))

@@ -1,6 +1,6 @@
 """GGT: full-matrix Adagrad over a window."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -11,10 +11,9 @@ import optax
 from efcp_jax import _validate
 from efcp_jax._docstrings import GGT, documented
 from efcp_jax.compressors import Compressor
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
-from efcp_jax.states import ScaleByGgtState
 from efcp_jax.step import preconditioned
 from efcp_jax.window import Window
 
@@ -22,6 +21,19 @@ from efcp_jax.window import Window
 # Relative to the window: above what float32 resolves of its singular values, and from
 # 1e-6 to 1e-2 training was the same to within a hundredth.
 _EPS = 1e-3
+
+
+class ScaleByGgtState(NamedTuple):
+    """State of `scale_by_ggt`; the fields are those of `ScaleByMfacState`."""
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree | None
+    basis: chex.ArrayTree | None
+    window: Window
+    gram: chex.ArrayTree
+    factor: chex.ArrayTree | None
+    metric: MetricState | None = None
 
 
 @documented(GGT)

@@ -1,6 +1,6 @@
 """M-FAC: natural gradient with the damped empirical Fisher matrix."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -10,14 +10,13 @@ import optax
 from efcp_jax import _validate
 from efcp_jax._docstrings import MFAC, documented
 from efcp_jax.compressors import Compressor
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished, saturate
 from efcp_jax.preconditioners import (
     gram as grams,
     mfac_coefficients,
     system as systems,
 )
-from efcp_jax.states import ScaleByMfacState
 from efcp_jax.step import preconditioned
 from efcp_jax.window import Window
 
@@ -25,6 +24,33 @@ from efcp_jax.window import Window
 # Relative to the window, which of 0.01, 0.1 and 1 trained best or close to it for
 # windows of 16 and 64 rows, with a metric and without, on three kinds of models.
 _DAMPING = 0.1
+
+
+class ScaleByMfacState(NamedTuple):
+    """State of `scale_by_mfac`.
+
+    Attributes:
+        count: Number of updates, int32.
+        skipped: Number of updates skipped for entries that were not finite, int32.
+        error: What compression has dropped so far, in working form; None without error
+            feedback.
+        basis: What the compressor carries between steps, or None.
+        window: The last m compressed gradients.
+        gram: Inner products of the window's stored rows, shape `(m, m)`; where the
+            compressor is block diagonal, `(g, m, m)` for each group of g leaves.
+        factor: What is kept of the factorisation of each m x m system for the steps to
+            come, or None.
+        metric: The moments of the metric, or None.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree | None
+    basis: chex.ArrayTree | None
+    window: Window
+    gram: chex.ArrayTree
+    factor: chex.ArrayTree | None
+    metric: MetricState | None = None
 
 
 @documented(MFAC)
