@@ -78,14 +78,11 @@ def _in_interval(name: str, value: Any, alternative: str = "") -> Any:
 def positive_int(name: str, value: Any) -> int:
     """Return `value` as an int, or raise if it is not an integer of at least 1."""
     _reject_tracer(name, value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"`{name}` must be an integer >= 1, got {value!r} of type"
-            f" {type(value).__name__}. Pass a whole number such as `{name}=32`."
-        )
-    if value < 1:
-        raise ValueError(
-            f"`{name}` must be an integer >= 1, got {value}. Pass at least `{name}=1`."
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise (ValueError if whole else TypeError)(
+            f"`{name}` must be an integer >= 1, got {value!r}. Pass a whole number such"
+            f" as `{name}=32`, at least `{name}=1`."
         )
     return int(value)
 

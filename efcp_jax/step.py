@@ -58,10 +58,9 @@ def preconditioned(
     coefficients: Callable[..., tuple[Any, Any]],
     keep: Callable[[int, Any], Any],
     hyperparameters: dict[str, Any],
-    *,
     window_size: int | None,
+    feedback: Feedback,
     sharding: Any,
-    **common: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation with the coefficients of either preconditioner.
 
@@ -73,10 +72,9 @@ def preconditioned(
         keep: Returns what is kept at first, of a window size and dtype.
         hyperparameters: Numbers or schedules, by name.
         window_size: Number of rows; None for 64.
+        feedback: How gradients enter, made by `checked`.
         sharding: Where the parameters live.
-        **common: The arguments of `checked`.
     """
-    feedback = checked(**common)
     # A compressor that drops nothing leaves an error of zero, not worth its memory.
     error = feedback.error and not feedback.compressor.lossless
     feedback = dataclasses.replace(feedback, error=error)

@@ -14,7 +14,7 @@ from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
-from efcp_jax.step import preconditioned
+from efcp_jax.step import checked, preconditioned
 from efcp_jax.window import Window
 
 
@@ -110,29 +110,18 @@ def scale_by_ggt(
             # An update of GGT is the same in every unit of the rows.
             scale, square = grams.in_own_unit(gram, scale, window.filled)
             eps = eps * jnp.sqrt(square)
-        weights = ggt_coefficients(
-            gram,
-            scale,
-            age,
-            window.filled,
-            eps,
-            values["b1"],
-            values["b2"],
-            nesterov,
-        )
-        return weights, kept
+        given = gram, scale, age, window.filled, eps, values["b1"], values["b2"]
+        return ggt_coefficients(*given, nesterov), kept
 
+    feedback = checked(
+        compressor, metric, error_dtype, skip_nonfinite, error_feedback, block_diagonal
+    )
     return preconditioned(
         ScaleByGgtState,
         coefficients,
         lambda size, dtype: None,
         {"eps": eps, "b1": b1, "b2": b2},
-        window_size=window_size,
-        compressor=compressor,
-        block_diagonal=block_diagonal,
-        metric=metric,
-        error_feedback=error_feedback,
-        error_dtype=error_dtype,
-        skip_nonfinite=skip_nonfinite,
-        sharding=sharding,
+        window_size,
+        feedback,
+        sharding,
     )

@@ -17,7 +17,7 @@ from efcp_jax.preconditioners import (
     mfac_coefficients,
     system as systems,
 )
-from efcp_jax.step import preconditioned
+from efcp_jax.step import checked, preconditioned
 from efcp_jax.window import Window
 
 
@@ -137,17 +137,15 @@ def scale_by_mfac(
             weights = saturate(weights * unit, weights.dtype)
         return weights, kept
 
+    feedback = checked(
+        compressor, metric, error_dtype, skip_nonfinite, error_feedback, block_diagonal
+    )
     return preconditioned(
         ScaleByMfacState,
         coefficients,
         systems.empty,
         {"damping": damping, "b1": b1},
-        window_size=window_size,
-        compressor=compressor,
-        block_diagonal=block_diagonal,
-        metric=metric,
-        error_feedback=error_feedback,
-        error_dtype=error_dtype,
-        skip_nonfinite=skip_nonfinite,
-        sharding=sharding,
+        window_size,
+        feedback,
+        sharding,
     )
