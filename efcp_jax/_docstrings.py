@@ -107,18 +107,26 @@ _RAISES = """Raises:
     TypeError: An argument is of the wrong type, or a structural one is traced.
     ValueError: An argument is out of range."""
 
+_PAPER = """    Modoranu et al., `Error Feedback Can Accurately Compress Preconditioners
+    <https://arxiv.org/abs/2306.06098>`_, 2024"""
+
 _PIECES = {
     "raises": _RAISES,
     "an_optimizer": f"""Returns:
     A gradient transformation to be passed to the training loop like any of Optax's.
 
 {_RAISES}""",
-    "mfac_paper": """Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of
-    Second-Order Information <https://arxiv.org/abs/2107.03356>`_, 2021""",
-    "ggt_paper": """Agarwal et al., `Efficient Full-Matrix Adaptive Regularization
-    <https://arxiv.org/abs/1806.02958>`_, 2019""",
-    "efcp_paper": """Modoranu et al., `Error Feedback Can Accurately Compress
-    Preconditioners <https://arxiv.org/abs/2306.06098>`_, 2024""",
+    "mfac_papers": f"""References:
+    Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
+    Information <https://arxiv.org/abs/2107.03356>`_, 2021
+
+{_PAPER}""",
+    "ggt_papers": f"""References:
+    Agarwal et al., `Efficient Full-Matrix Adaptive Regularization
+    <https://arxiv.org/abs/1806.02958>`_, 2019
+
+{_PAPER}""",
+    "paper": f"References:\n{_PAPER}",
 }
 
 

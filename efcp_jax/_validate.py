@@ -16,24 +16,17 @@ import numpy as np
 
 # The interval that each number must be in, and what to pass instead.
 _NUMBERS = {
-    "learning_rate": (
-        "(-inf, inf)",
-        "Pass a number or a schedule from step to number.",
-    ),
-    "damping": ("(0, inf)", "Pass a small number such as 1e-5."),
-    "eps": ("[0, inf)", "Pass a small number such as 1e-4."),
-    "b1": ("[0, 1)", "Pass 0.0 for no momentum."),
-    "b2": ("(0, 1]", "Pass 1.0 for no decay."),
-    "momentum": ("[0, 1)", "Pass None for no momentum."),
-    "weight_decay": ("[0, inf)", "Pass 0.0 for no weight decay."),
-    "density": (
-        "(0, 1]",
-        "To keep one entry in a hundred pass `density=0.01`; to keep all of them pass"
-        " `density=1.0`.",
-    ),
-    "decay": ("[0, 1)", "Pass 0.95."),
-    "floor": ("[0, inf)", "Pass 0.1."),
-    "diagonal": ("(0, inf)", "Pass positive numbers."),
+    "learning_rate": ("(-inf, inf)", "a number or a schedule from step to number"),
+    "damping": ("(0, inf)", "a small number such as 1e-5"),
+    "eps": ("[0, inf)", "a small number such as 1e-4"),
+    "b1": ("[0, 1)", "0.0 for no momentum"),
+    "b2": ("(0, 1]", "1.0 for no decay"),
+    "momentum": ("[0, 1)", "None for no momentum"),
+    "weight_decay": ("[0, inf)", "0.0 for no weight decay"),
+    "density": ("(0, 1]", "`density=0.01` for one entry in a hundred, 1.0 for all"),
+    "decay": ("[0, 1)", "0.95"),
+    "floor": ("[0, inf)", "0.1"),
+    "diagonal": ("(0, inf)", "positive numbers"),
 }
 
 
@@ -64,14 +57,17 @@ def _in_interval(name: str, value: Any, alternative: str = "") -> Any:
         got = f"{value!r} of type {type(value).__name__}"
     if not real:
         raise TypeError(
-            f"`{name}` must be a number in {interval}{alternative}, got {got}. {remedy}"
+            f"`{name}` must be a number in {interval}{alternative}, got {got}. Pass"
+            f" {remedy}."
         )
     low, high = map(float, interval[1:-1].split(", "))
     concrete = float(value)
     above = concrete > low or (concrete == low and interval[0] == "[")
     below = concrete < high or (concrete == high and interval[-1] == "]")
     if not (math.isfinite(concrete) and above and below):
-        raise ValueError(f"`{name}` must be in {interval}, got {concrete}. {remedy}")
+        raise ValueError(
+            f"`{name}` must be in {interval}, got {concrete}. Pass {remedy}."
+        )
     return value
 
 

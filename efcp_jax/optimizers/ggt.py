@@ -56,8 +56,7 @@ def ggt(
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
-    References:
-        %(ggt_paper)s
+    %(ggt_papers)s
 
     Notes:
         Memory: 4 m bytes a parameter, and the metric's. Time: two passes over the

@@ -59,10 +59,7 @@ def low_rank_ggt(
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
-    References:
-        %(ggt_paper)s
-
-        %(efcp_paper)s
+    %(ggt_papers)s
 
     Notes:
         Memory: 4 bytes a parameter for the error and m r (rows + cols) values a matrix

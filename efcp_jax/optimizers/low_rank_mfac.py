@@ -59,10 +59,7 @@ def low_rank_mfac(
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
-    References:
-        %(mfac_paper)s
-
-        %(efcp_paper)s
+    %(mfac_papers)s
 
     Notes:
         Memory: 4 bytes a parameter for the error and m r (rows + cols) values a matrix

@@ -56,8 +56,7 @@ def mfac(
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
-    References:
-        %(mfac_paper)s
+    %(mfac_papers)s
 
     Notes:
         Memory: 4 m bytes a parameter, and the metric's. Time: two passes over the

@@ -59,10 +59,7 @@ def sparse_ggt(
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
-    References:
-        %(ggt_paper)s
-
-        %(efcp_paper)s
+    %(ggt_papers)s
 
     Notes:
         Memory: 2 bytes a parameter for the error and m density times 3 for the window

@@ -60,10 +60,7 @@ def sparse_mfac(
         >>> bool(jnp.all(jnp.abs(params - 1) < 0.2))
         True
 
-    References:
-        %(mfac_paper)s
-
-        %(efcp_paper)s
+    %(mfac_papers)s
 
     Notes:
         Memory: 2 bytes a parameter for the error and m density times 3 for the window

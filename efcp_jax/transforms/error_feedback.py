@@ -17,15 +17,7 @@ from efcp_jax.step import checked
 
 
 class ErrorFeedbackState(NamedTuple):
-    """State of `error_feedback`.
-
-    Attributes:
-        count: Number of updates, int32.
-        skipped: Number of updates skipped for entries that were not finite, int32.
-        error: What compression has dropped so far, in working form.
-        basis: What the compressor carries between steps, or None.
-        metric: The moments of the metric, or None.
-    """
+    """State of `error_feedback`; the fields are as in `ScaleByMfacState`."""
 
     count: jax.Array
     skipped: jax.Array
@@ -69,8 +61,7 @@ def error_feedback(
         >>> print(updates)
         [-0. -6. -0. -0.]
 
-    References:
-        %(efcp_paper)s
+    %(paper)s
 
     Notes:
         Memory: the error, 4 bytes a parameter. Time: one compression.

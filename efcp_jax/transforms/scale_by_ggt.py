@@ -76,10 +76,7 @@ def scale_by_ggt(
         >>> print(f"{updates[0]:.4f}")  # 3 / (3 + 1)
         0.7500
 
-    References:
-        %(ggt_paper)s
-
-        %(efcp_paper)s
+    %(ggt_papers)s
 
     Notes:
         Memory: the window (m times the compressed gradient), the error and m^2 numbers.

@@ -92,10 +92,7 @@ def scale_by_mfac(
         >>> print(f"{updates[0]:.4f}")  # 2 / (1 + 2^2 / 2)
         0.6667
 
-    References:
-        %(mfac_paper)s
-
-        %(efcp_paper)s
+    %(mfac_papers)s
 
     Notes:
         Memory: the window (m times the compressed gradient), the error and m^2 numbers;
