@@ -66,15 +66,15 @@ class Taken(NamedTuple):
         choose = lambda new, old: jax.tree.map(
             lambda a, b: jnp.where(accept, a, b), new, old
         )
-        guarded = (lambda new, old: new) if self.guarded else choose
+        left = (lambda new, _: new) if self.guarded else choose
         return {
             "count": jnp.asarray(optax.safe_increment(old.count)),
             "skipped": jnp.where(
                 accept, old.skipped, optax.safe_increment(old.skipped)
             ),
-            "error": guarded(self.error, old.error),
+            "error": left(self.error, old.error),
             "basis": choose(self.basis, old.basis),
-            "metric": guarded(metric, old.metric),
+            "metric": left(metric, old.metric),
         }
 
 
