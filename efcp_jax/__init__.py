@@ -40,11 +40,10 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     sharding                            states on many devices, for users
     reports                             diagnostics and memory, from states
     optimizers                          chains that end in the learning rate
-    transforms                          what users chain
+    transforms                          what users chain, and its states
     step                                compress, insert, inner, solve, combine
-    feedback_input                      the gradient's way in: metric, error, row
-    protocol  states                    a step as an Optax transformation; what it keeps
-    feedback                            error + gradient -> row
+    protocol                            a step as an Optax transformation
+    feedback                            the gradient's way in: metric, error, row
     window                              the last m rows
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
     metrics                             what gradients are measured in
@@ -81,12 +80,10 @@ from efcp_jax.reports.inverse import (
 )
 from efcp_jax.reports.memory import memory_report as memory_report
 from efcp_jax.reports.monitor import MonitorState as MonitorState, monitor as monitor
-from efcp_jax.states import (
+from efcp_jax.transforms import (
     ErrorFeedbackState as ErrorFeedbackState,
     ScaleByGgtState as ScaleByGgtState,
     ScaleByMfacState as ScaleByMfacState,
-)
-from efcp_jax.transforms import (
     error_feedback as error_feedback,
     in_metric as in_metric,
     scale_by_ggt as scale_by_ggt,

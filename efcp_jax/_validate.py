@@ -14,44 +14,73 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _reject_tracer(name: str, value: Any) -> None:
-    if isinstance(value, (jax.Array, Tracer)):
+# The interval that each number must be in, and what to pass instead.
+_NUMBERS = {
+    "learning_rate": ("(-inf, inf)", "a number or a schedule from step to number"),
+    "damping": ("(0, inf)", "a small number such as 1e-5"),
+    "eps": ("[0, inf)", "a small number such as 1e-4"),
+    "b1": ("[0, 1)", "0.0 for no momentum"),
+    "b2": ("(0, 1]", "1.0 for no decay"),
+    "momentum": ("[0, 1)", "None for no momentum"),
+    "weight_decay": ("[0, inf)", "0.0 for no weight decay"),
+    "density": ("(0, 1]", "`density=0.01` for one entry in a hundred, 1.0 for all"),
+    "decay": ("[0, 1)", "0.95"),
+    "floor": ("[0, inf)", "0.1"),
+    "diagonal": ("(0, inf)", "positive numbers"),
+}
+
+
+def number(name: str, value: Any) -> Any:
+    """Return `value`, or raise if it is concrete and outside the interval of `name`.
+
+    Schedules and tracers pass: their values are not known here.
+    """
+    if callable(value) or isinstance(value, Tracer):
+        return value
+    return _in_interval(name, value, " or a schedule")
+
+
+def number_now(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise; no schedule, and nothing traced."""
+    _reject_tracer(name, value)
+    return float(_in_interval(name, value))
+
+
+def _in_interval(name: str, value: Any, alternative: str = "") -> Any:
+    interval, remedy = _NUMBERS[name]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        kinds = jnp.floating, jnp.integer
+        real = not value.ndim and any(jnp.issubdtype(value.dtype, k) for k in kinds)
+        got = f"an array of shape {value.shape} and dtype {value.dtype}"
+    else:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        got = f"{value!r} of type {type(value).__name__}"
+    if not real:
         raise TypeError(
-            f"`{name}` shapes the optimizer state, so it must be a Python value known"
-            f" before tracing, got {value!r}. Under `optax.inject_hyperparams` name it"
-            f" in `static_args`, for example `static_args=('{name}',)`."
+            f"`{name}` must be a number in {interval}{alternative}, got {got}. Pass"
+            f" {remedy}."
         )
+    low, high = map(float, interval[1:-1].split(", "))
+    concrete = float(value)
+    above = concrete > low or (concrete == low and interval[0] == "[")
+    below = concrete < high or (concrete == high and interval[-1] == "]")
+    if not (math.isfinite(concrete) and above and below):
+        raise ValueError(
+            f"`{name}` must be in {interval}, got {concrete}. Pass {remedy}."
+        )
+    return value
 
 
 def positive_int(name: str, value: Any) -> int:
     """Return `value` as an int, or raise if it is not an integer of at least 1."""
     _reject_tracer(name, value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"`{name}` must be an integer >= 1, got {value!r} of type"
-            f" {type(value).__name__}. Pass a whole number such as `{name}=32`."
-        )
-    if value < 1:
-        raise ValueError(
-            f"`{name}` must be an integer >= 1, got {value}. Pass at least `{name}=1`."
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise (ValueError if whole else TypeError)(
+            f"`{name}` must be an integer >= 1, got {value!r}. Pass a whole number such"
+            f" as `{name}=32`, at least `{name}=1`."
         )
     return int(value)
-
-
-def fraction(name: str, value: Any) -> float:
-    """Return `value` as a float, or raise if it lies outside (0, 1]."""
-    _reject_tracer(name, value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"`{name}` must be a number in (0, 1], got {value!r} of type"
-            f" {type(value).__name__}. Pass a fraction such as `{name}=0.01`."
-        )
-    if not 0.0 < float(value) <= 1.0:
-        raise ValueError(
-            f"`{name}` must be in (0, 1], got {value}. To keep one entry in a hundred"
-            f" pass `{name}=0.01`; to keep all of them pass `{name}=1.0`."
-        )
-    return float(value)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -62,72 +91,6 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def floating_dtype(name: str, value: Any) -> np.dtype | None:
-    """Return `value` as a dtype, or raise if it is no real one of 16 bits or more."""
-    if value is None:
-        return None
-    dtype = _dtype(name, value)
-    if not _is_wide(dtype):
-        narrow = (
-            " Values of 8 bits there are for `value_dtype` of `top_k` only."
-            if dtype.itemsize == 1
-            else ""
-        )
-        raise ValueError(
-            f"`{name}` must be a real floating dtype of at least 16 bits, got {dtype}."
-            f" Pass jnp.float32 or jnp.bfloat16.{narrow}"
-        )
-    return dtype
-
-
-def stored_dtype(
-    name: str,
-    value: Any,
-    narrow: tuple[str, ...],
-    fits: bool = True,
-    remedy: str = "",
-) -> np.dtype | None:
-    """Return `value` as a dtype, or raise if entries cannot be stored in it.
-
-    Args:
-        name: The argument.
-        value: What was passed; None stands for itself.
-        narrow: Names of the dtypes of 8 bits that there are.
-        fits: Whether they may be used.
-        remedy: Why not, and what to do.
-    """
-    if value is None:
-        return None
-    dtype = _dtype(name, value)
-    if not _is_wide(dtype) and dtype.name not in narrow:
-        options = ", ".join(f"jnp.{each}" for each in ("bfloat16", *narrow))
-        raise ValueError(
-            f"`{name}` must be a real floating dtype of at least 16 bits or"
-            f" {' or '.join(narrow)}, got {dtype}. Pass one of jnp.float32, {options}."
-        )
-    if not _is_wide(dtype) and not fits:
-        raise ValueError(f"`{name}` must not be {dtype} here. {remedy}")
-    return dtype
-
-
-def error_dtype(value: Any) -> np.dtype | None:
-    """Return `value` as a dtype, or raise if no error can be kept in it."""
-    return stored_dtype("error_dtype", value, ("int8",))
-
-
-def _dtype(name: str, value: Any) -> np.dtype:
-    try:
-        return jnp.dtype(value)
-    except TypeError as error:
-        raise TypeError(
-            f"`{name}` must be a floating dtype such as jnp.bfloat16, got {value!r}."
-        ) from error
-
-
-def _is_wide(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
-
-
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return `value`, or raise if it is not one of the `allowed` strings."""
     if not isinstance(value, str) or value not in allowed:
@@ -136,55 +99,40 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def number(
+def floating_dtype(
     name: str,
     value: Any,
-    *,
-    low: float,
-    high: float = math.inf,
-    open_low: bool = False,
-    open_high: bool = False,
-    remedy: str,
-) -> Any:
-    """Return `value`, or raise if it is concrete and outside its interval.
+    narrow: tuple[str, ...] = (),
+    remedy: str = "Values of 8 bits there are for `value_dtype` of `top_k` only.",
+) -> np.dtype | None:
+    """Return `value` as a dtype, or raise if numbers cannot be stored in it.
 
-    Schedules and tracers pass: their values are not known here.
+    Args:
+        name: The argument.
+        value: What was passed; None stands for itself.
+        narrow: Names of the dtypes of 8 bits that there are, besides real floating ones
+            of 16 bits or more.
+        remedy: What to do where there are none.
     """
-    if callable(value) or isinstance(value, Tracer):
-        return value
-    interval = (
-        f"{'(' if open_low else '['}{low:g}, {high:g}"
-        f"{')' if open_high or math.isinf(high) else ']'}"
-    )
-    is_array = isinstance(value, (jax.Array, np.ndarray, np.generic))
-    if isinstance(value, bool) or not (is_array or isinstance(value, numbers.Real)):
-        raise TypeError(
-            f"`{name}` must be a number in {interval} or a schedule, got {value!r} of"
-            f" type {type(value).__name__}. {remedy}"
-        )
-    real = is_array and (
-        jnp.issubdtype(value.dtype, jnp.floating)
-        or jnp.issubdtype(value.dtype, jnp.integer)
-    )
-    if is_array and (value.ndim or not real):
-        raise TypeError(
-            f"`{name}` must be a scalar in {interval} or a schedule, got an array of"
-            f" shape {value.shape} and dtype {value.dtype}. {remedy}"
-        )
-    concrete = float(value)
-    above = concrete > low or (concrete == low and not open_low)
-    below = concrete < high or (concrete == high and not open_high)
-    if not (math.isfinite(concrete) and above and below):
-        raise ValueError(f"`{name}` must be in {interval}, got {concrete}. {remedy}")
-    return value
+    if value is None:
+        return None
+    kinds = " or ".join(("a real floating dtype of at least 16 bits", *narrow))
+    options = ", ".join(f"jnp.{each}" for each in ("float32", "bfloat16", *narrow))
+    advice = f"Pass one of {options}." + ("" if narrow else f" {remedy}")
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be {kinds}, got {value!r}. {advice}") from error
+    wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+    if not wide and dtype.name not in narrow:
+        raise ValueError(f"`{name}` must be {kinds}, got {dtype}. {advice}")
+    return dtype
 
 
-def number_now(name: str, value: Any, **interval: Any) -> float:
-    """Return `value` as a float, or raise; no schedule, and nothing traced."""
-    _reject_tracer(name, value)
-    if callable(value):
+def _reject_tracer(name: str, value: Any) -> None:
+    if isinstance(value, jax.Array | Tracer):
         raise TypeError(
-            f"`{name}` must be a number, got {value!r}, a schedule."
-            f" {interval['remedy']}"
+            f"`{name}` shapes the optimizer state, so it must be a Python value known"
+            f" before tracing, got {value!r}. Under `optax.inject_hyperparams` name it"
+            f" in `static_args`, for example `static_args=('{name}',)`."
         )
-    return float(number(name, value, **interval))

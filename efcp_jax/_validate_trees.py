@@ -1,5 +1,6 @@
 """Checks of trees, raised where the user stands, with the name of the leaf."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,19 +13,19 @@ _SHOWN = 6
 
 def floating_leaves(tree: Any, name: str = "params") -> None:
     """Raise, naming the leaf, if one of `tree` is not a floating or complex array."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in _leaves(tree).items():
         try:
             dtype = _dtype(leaf)
         except TypeError as error:
             raise TypeError(
                 f"`{name}` must be a tree of floating or complex arrays, got {leaf!r}"
-                f" of type {type(leaf).__name__} at {name}{_name(path)}."
+                f" of type {type(leaf).__name__} at {name}{path}."
             ) from error
-        _no_bytes(f"{name}{_name(path)}", dtype)
+        _no_bytes(f"{name}{path}", dtype)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
                 f"`{name}` must be floating or complex arrays, got dtype {dtype} at"
-                f" {name}{_name(path)}. Keep it out of the optimizer, for example with"
+                f" {name}{path}. Keep it out of the optimizer, for example with"
                 " `optax.masked` or `nnx.Optimizer(wrt=nnx.Param)`."
             )
 
@@ -35,30 +36,14 @@ def same_trees(updates: Any, params: Any) -> None:
     Structure and shapes must agree, and a gradient must be real or complex as its
     parameter is; its floating dtype may differ, as in mixed precision.
     """
-    remedy = "Pass gradients of the tree that `init` was called with."
-    expected = dict(_leaves(params))
-    received = dict(_leaves(updates))
-    for path in expected.keys() - received.keys():
-        raise ValueError(f"`updates` lacks the leaf at params{path}. {remedy}")
-    for path, leaf in received.items():
-        if path not in expected:
-            raise ValueError(
-                f"`updates` has a leaf at updates{path} that `params` lacks. {remedy}"
-            )
-        like = expected[path]
-        if jnp.shape(leaf) != jnp.shape(like):
-            raise ValueError(
-                f"The gradient at updates{path} has shape {jnp.shape(leaf)} but its"
-                f" parameter has shape {jnp.shape(like)}. {remedy}"
-            )
-        dtype, like_dtype = _dtype(leaf), _dtype(like)
-        if _is_complex(dtype) != _is_complex(like_dtype):
-            raise ValueError(
-                f"The gradient at updates{path} has dtype {dtype} but its parameter"
-                f" has dtype {like_dtype}: one is complex and the other is not."
-                f" {remedy}"
-            )
-    _same_nodes("updates", updates, params, remedy)
+    is_complex = lambda dtype: jnp.issubdtype(dtype, jnp.complexfloating)
+    _same(
+        ("updates", updates),
+        ("params", params),
+        lambda dtype, like: is_complex(dtype) == is_complex(like),
+        "The gradients do not fit the parameters:",
+        "Pass gradients of the tree that `init` was called with.",
+    )
 
 
 def is_like(state: Any, expected: Any) -> bool:
@@ -79,52 +64,63 @@ def same_state(state: Any, expected: Any, updates: Any) -> None:
         expected: What `init` would return, arrays or their shapes.
         updates: The gradients, for the message.
     """
-    leaves = [f"updates{path} {jnp.shape(leaf)}" for path, leaf in _leaves(updates)]
-    given = ", ".join(leaves[:_SHOWN]) + (", ..." if len(leaves) > _SHOWN else "")
-    remedy = (
-        f" The gradients are {given or 'an empty tree'}. Call `init` with the"
+    each = [f"updates{p} {jnp.shape(leaf)}" for p, leaf in _leaves(updates).items()]
+    given = ", ".join(each[:_SHOWN]) + (", ..." if len(each) > _SHOWN else "")
+    _same(
+        ("state", state),
+        ("state", expected),
+        lambda dtype, like: dtype == like,
+        "The optimizer state does not fit the tree given to `update`:",
+        f"The gradients are {given or 'an empty tree'}. Call `init` with the"
         " parameters that are updated, on a transformation of the same arguments, or"
         " `efcp_jax.sharding.reshard_state` on a state saved with another number of"
-        " devices."
+        " devices.",
     )
-    text = "The optimizer state does not fit the tree given to `update`:"
-    received, wanted = dict(_leaves(state)), dict(_leaves(expected))
-    for path in [p for p in wanted if p not in received]:
-        raise ValueError(f"{text} it lacks state{path}.{remedy}")
-    for path, leaf in received.items():
-        if path not in wanted:
-            raise ValueError(f"{text} it has a surplus leaf state{path}.{remedy}")
-        like = wanted[path]
-        if jnp.shape(leaf) != like.shape:
-            raise ValueError(
-                f"{text} state{path} has shape {jnp.shape(leaf)}, expected"
-                f" {like.shape}.{remedy}"
-            )
-        _no_bytes(f"state{path}", _dtype(leaf), like.dtype)
-        if _dtype(leaf) != like.dtype:
-            raise ValueError(
-                f"{text} state{path} has dtype {_dtype(leaf)}, expected"
-                f" {like.dtype}.{remedy}"
-            )
-    _same_nodes("state", state, expected, remedy)
 
 
-def _same_nodes(name: str, tree: Any, like: Any, remedy: str) -> None:
-    """Raise if two trees with the same leaves have containers of different types."""
+def _same(
+    given: tuple[str, Any],
+    wanted: tuple[str, Any],
+    agree: Callable[[Any, Any], bool],
+    problem: str,
+    remedy: str,
+) -> None:
+    """Raise if two trees differ in a leaf, its shape or dtype, or in their containers.
+
+    Args:
+        given: The name of what was given, and the tree.
+        wanted: The name of what it must be like, and the tree.
+        agree: Whether a dtype goes with the one that is wanted.
+        problem: The beginning of the message.
+        remedy: The end of it.
+    """
+    (name, tree), (like_name, like) = given, wanted
+    fail = lambda what: ValueError(f"{problem} {what}. {remedy}")
+    leaves, like_leaves = _leaves(tree), _leaves(like)
+    for path in like_leaves:
+        if path not in leaves:
+            raise fail(f"`{name}` lacks {like_name}{path}")
+    for path, leaf in leaves.items():
+        if path not in like_leaves:
+            raise fail(f"there is a surplus leaf {name}{path}")
+        shape, like_shape = jnp.shape(leaf), jnp.shape(like_leaves[path])
+        if shape != like_shape:
+            raise fail(f"{name}{path} has shape {shape}, expected {like_shape}")
+        dtype, like_dtype = _dtype(leaf), _dtype(like_leaves[path])
+        _no_bytes(f"{name}{path}", dtype, like_dtype)
+        if not agree(dtype, like_dtype):
+            raise fail(f"{name}{path} has dtype {dtype}, expected {like_dtype}")
     structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if structure != expected:
-        raise ValueError(
-            f"The containers of `{name}` differ from those expected: got {structure},"
-            f" expected {expected}. {remedy.strip()}"
+        raise fail(
+            f"the containers of `{name}` differ from those expected: got {structure},"
+            f" expected {expected}"
         )
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path)
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _dtype(leaf: Any) -> Any:
@@ -141,7 +137,3 @@ def _no_bytes(name: str, dtype: Any, wanted: Any = "bfloat16") -> None:
             " that NumPy has no dtype of its own for. View them as what they were, for"
             f" example `array.view(jnp.{wanted})`, before they are passed."
         )
-
-
-def _is_complex(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.complexfloating))

@@ -1,78 +1,151 @@
-r"""Error feedback: what compression drops now is added to the next gradient.
+r"""The gradient's way into a step and out of it: metric, error feedback, compression.
 
 $a_t = e_t + g_t$, $c_t = C(a_t)$, $e_{t+1} = a_t - c_t$, $e_0 = 0$. Nothing is lost,
 only delayed; the rounding of stored values is part of the error.
+
+Whether a gradient is skipped is known on one device before anything is changed, and on
+several behind their sum; what hangs on that is here.
 """
 
+from collections.abc import Callable
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
 
-from efcp_jax import passes
-from efcp_jax.compressors import Space
+from efcp_jax import passes, quantized
+from efcp_jax.compressors import Compressor, Space
+from efcp_jax.devices.layout import Layout
+from efcp_jax.metrics import Measured, Metric
 
 
-class Compressed(NamedTuple):
-    """The compressed gradient of one step.
+class Taken(NamedTuple):
+    """What a step makes of a gradient, before all devices know whether to skip it.
 
     Attributes:
         row: The row $c_t / s$, entries of magnitude at most about 1.
         scale: The power of two $s$, a scalar; 0 for a zero gradient.
         error: $e_{t+1}$, or None without error feedback.
         basis: The basis of the next step, or None.
+        finite: Whether all entries of the gradient on this device are finite.
+        layout: The leaves of the tree on this device.
+        measured: The metric, or None.
+        guarded: Whether it was known whether to skip, and nothing is left to choose.
     """
 
     row: chex.ArrayTree
     scale: jax.Array
     error: chex.ArrayTree | None
     basis: chex.ArrayTree | None
+    finite: jax.Array
+    layout: Layout
+    measured: Measured | None
+    guarded: bool
+
+    @property
+    def share(self) -> jax.Array | None:
+        """This device's share of the mean of the moments."""
+        return None if self.measured is None else self.measured.share
+
+    def outward(self, make: Callable[[Any], Any], value: Any) -> Any:
+        """Return the update `make(value)` in the metric and dtypes of the user."""
+        if self.measured is None:
+            return self.layout.cast(make(value))
+        measured, value = self.measured.behind(value)
+        return self.layout.cast(measured.scaled(make(value)))
+
+    def kept(self, accept: jax.Array, mean: jax.Array | None, old: Any) -> dict:
+        """Return the next fields of the state `old`, given the mean of the moments."""
+        metric = None if self.measured is None else self.measured.state(mean)
+        choose = lambda new, old: jax.tree.map(
+            lambda a, b: jnp.where(accept, a, b), new, old
+        )
+        left = (lambda new, _: new) if self.guarded else choose
+        return {
+            "count": jnp.asarray(optax.safe_increment(old.count)),
+            "skipped": jnp.where(
+                accept, old.skipped, optax.safe_increment(old.skipped)
+            ),
+            "error": left(self.error, old.error),
+            "basis": choose(self.basis, old.basis),
+            "metric": left(metric, old.metric),
+        }
 
 
-def finite(space: Space, tree: chex.ArrayTree) -> jax.Array:
-    """Return whether all entries of $g_t$ on this device are finite."""
-    return passes.finite(
-        functools.partial(space.layout.pieces, tree),
-        lambda: jax.tree.leaves(space.pack(tree)),
-    )
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """How gradients enter a step, and the fields of its state that this needs.
 
-
-def compress(
-    space: Space,
-    tree: chex.ArrayTree,
-    error: chex.ArrayTree | None,
-    basis: chex.ArrayTree | None,
-    *,
-    scaled: bool,
-    accept: jax.Array,
-    count: jax.Array,
-) -> Compressed:
-    """Compress the gradient plus `error` and return the row and the error that remains.
-
-    Args:
-        space: The representation.
-        tree: $g_t$, a tree of the layout of `space`.
-        error: $e_t$, as it is kept; None for no feedback.
-        basis: What the representation carries between steps.
-        scaled: Whether to divide the row by the power of two above its largest entry,
-            which is exact and lets gradients of any magnitude share a window. It needs
-            that magnitude on all devices, so it is left out where they would have to
-            ask each other. There, norms above 1e19 overflow the Gram matrix, which
-            skips the step, and norms below 1e-19 vanish in it.
-        accept: Whether to add the gradient; else the error stays as it is. Knowing that
-            before the error is touched, it is overwritten where it lies; choosing
-            between the new and the old one needs both.
-        count: The number of the step, for rounding.
-
-    Returns:
-        The compressed gradient and everything the next step needs.
+    Attributes:
+        compressor: What makes rows of them.
+        metric: What they are measured in, or None.
+        error: Whether what compression drops is added to the next one.
+        error_dtype: The dtype it is kept in; None for the working dtype.
+        skip_nonfinite: Whether those with entries that are not finite are skipped.
     """
-    if error is None:
-        # Of a gradient that is not accepted nothing is kept, whatever it is.
-        total = space.pack(tree)
-        row, scale, basis = space.compress(total, basis, scaled)
-    else:
-        given = tree, error, basis, accept, count, scaled
-        row, scale, error, basis = space.feed(*given)
-    return Compressed(row, scale, error, basis)
+
+    compressor: Compressor
+    metric: Metric | None
+    error: bool
+    error_dtype: np.dtype | None
+    skip_nonfinite: bool
+
+    def init(self, space: Space) -> dict[str, Any]:
+        """Return the fields in front of the first step."""
+        vector, _, basis = space.zeros()
+        zeros = lambda: quantized.zeros(vector, space.specs()[0], self.error_dtype)
+        count = jnp.zeros((), jnp.int32)
+        return {
+            "count": count,
+            "skipped": jnp.zeros_like(count),
+            "error": zeros() if self.error else None,
+            "basis": basis,
+            "metric": self.metric.init(space.layout) if self.metric else None,
+        }
+
+    def specs(self, space: Space) -> dict[str, Any]:
+        """Return the `PartitionSpec` of each array that `init` returns."""
+        vector, _, basis = space.specs()
+        return {
+            "count": PartitionSpec(),
+            "skipped": PartitionSpec(),
+            "error": quantized.specs(vector, self.error_dtype) if self.error else None,
+            "basis": basis,
+            "metric": self.metric.specs(space.layout) if self.metric else None,
+        }
+
+    def take(self, space: Space, updates: chex.ArrayTree, state: Any) -> Taken:
+        """Return the compressed gradient, in the metric if there is one."""
+        alone, measured = not space.layout.axes, None
+        guarded = self.skip_nonfinite and alone
+        if self.metric is None:
+            pieces = functools.partial(space.layout.pieces, updates)
+            finite = passes.finite(pieces, lambda: jax.tree.leaves(space.pack(updates)))
+        else:
+            seen = state.count - state.skipped
+            given = space.layout, updates, state.metric, seen, guarded
+            measured = self.metric.measure(*given)
+            updates, finite = measured.scaled(updates), measured.finite
+        # Dividing the row by the power of two above its largest entry is exact and lets
+        # gradients of any magnitude share a window. It needs that magnitude on all
+        # devices, so it is left out where they would have to ask each other. There,
+        # norms above 1e19 overflow the Gram matrix, which skips the step, and norms
+        # below 1e-19 vanish in it.
+        scaled, error = alone, None
+        if state.error is None:
+            # Of a gradient that is not accepted nothing is kept, whatever it is.
+            packed = space.pack(updates)
+            row, scale, basis = space.compress(packed, state.basis, scaled)
+        else:
+            # Knowing beforehand whether to add it, the error is overwritten where it
+            # lies; choosing between the new and the old one needs both.
+            accept = finite if guarded else jnp.asarray(True)
+            given = updates, state.error, state.basis, accept, state.count, scaled
+            row, scale, error, basis = space.feed(*given)
+        return Taken(row, scale, error, basis, finite, space.layout, measured, guarded)

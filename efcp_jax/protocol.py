@@ -1,8 +1,9 @@
 """A step as an Optax transformation: Optax's protocol, checks, and devices."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -34,77 +35,83 @@ def _stand_in() -> type:
 _STAND_IN = _stand_in()
 
 
-def transformation(
-    compressor: Compressor,
-    init: Callable[[Space], Any],
-    specs: Callable[[Space], Any],
-    step: Callable[..., Any],
-    hyperparameters: dict[str, Any],
-    sharding: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Return `init` and `step` as a transformation, on one device or spread over many.
+class Step(NamedTuple):
+    """A transformation in terms of a space, which is made of the tree here.
 
-    `init`, `specs` and `step` speak of a space; here the space is made from the tree.
+    Attributes:
+        compressor: What makes a space of the layout of a tree.
+        init: From a space to the state in front of the first step.
+        specs: From a space to the `PartitionSpec` of each array of that state.
+        step: From a space, updates, a state and the values of the hyperparameters to
+            the next updates and state.
     """
 
-    def space_of(tree, dtype, placed):
-        return compressor.bind(placement.layout(tree, dtype, placed))
+    compressor: Compressor
+    init: Callable[[Space], Any]
+    specs: Callable[[Space], Any]
+    step: Callable[..., tuple[Any, Any]]
 
-    def init_fn(params):
+
+def transformation(
+    step: Step, hyperparameters: dict[str, Any], sharding: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Return `step` as a transformation, on one device or spread over many.
+
+    Args:
+        step: What it does.
+        hyperparameters: Numbers, or schedules from the count of the state to one.
+        sharding: Where the parameters live, as in the arguments of users.
+    """
+    made = _Transformation(step, hyperparameters, sharding)
+    return optax.GradientTransformationExtraArgs(made.init_fn, made.update_fn)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transformation:
+    """The two functions of a transformation, and what they have in common."""
+
+    step: Step
+    hyperparameters: dict[str, Any]
+    sharding: Any
+
+    def init_fn(self, params: Any) -> Any:
         params = strip_boxes(params)
         _validate_trees.floating_leaves(params)
-        placed = placement.find(params, sharding)
-        space = space_of(params, working_dtype(params), placed)
-        state = description.start(init, space, placed, specs(space), params)
+        placed = placement.find(params, self.sharding)
+        space = self.space(params, working_dtype(params), placed)
+        given = space, placed, self.step.specs(space), params
+        state = description.start(self.step.init, *given)
         if not description.asked():
             state = varying.over(varying.axes_of(params), state)
         if isinstance(params, _STAND_IN):
             return _outline(state)
         return state if placed is not None else placement.beside(state, params)
 
-    def match(updates, state, placed):
-        """Return whether `state` fits `placed`, the space, and what it should be."""
-        space = space_of(updates, _state_dtype(state), placed)
-        local = jax.eval_shape(lambda: init(space))
-        made = description.global_arrays(local, specs(space), placed)
-        return _validate_trees.is_like(state, made), space, made
-
-    def fitting(updates, like, state):
-        """Return the placement and the space that `state` was made for."""
-        placed = placement.find(like, sharding, updates, state)
-        fits, space, made = match(updates, state, placed)
-        if not fits and placed is not None and placed.shapes is not None:
-            # Under Auto axes `init` may not have seen the mesh that is seen now. Then
-            # every device makes the step of one: kernels for TPUs cannot be divided.
-            fits, alone, _ = match(updates, state, None)
-            if fits:
-                return placement.everywhere(updates, placed.mesh), alone
-        _validate_trees.same_state(state, made, updates)
-        return placed, space
-
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         del extra_args
         given = jax.tree.structure(updates)
         updates, params = strip_boxes(updates), strip_boxes(params)
         like = updates if params is None else _beside(updates, params)
         _validate_trees.floating_leaves(updates, "updates")
         _validate_trees.same_trees(updates, like)
-        placed, space = fitting(updates, like, state)
+        placed, space = self.fitting(updates, like, state)
         values = {
             name: jnp.asarray(value(state.count) if callable(value) else value)
-            for name, value in hyperparameters.items()
+            for name, value in self.hyperparameters.items()
         }
         # Restored by a checkpointer, they may be arrays of NumPy.
         updates, state = jax.tree.map(jnp.asarray, (updates, state))
         taken = updates, state, values
         updates, state, values = varying.over(varying.axes_of(taken), taken)
-        tree_specs, state_specs = PartitionSpec(), specs(space)
+        tree_specs, state_specs = PartitionSpec(), self.step.specs(space)
         if placed is not None:
             tree_specs = jax.tree.structure(updates).unflatten(placed.specs)
         new_updates, new_state = spread.run(
-            functools.partial(step, space),
+            functools.partial(self.step.step, space),
             placed,
-            (tree_specs, state_specs, {name: PartitionSpec() for name in values}),
+            (tree_specs, state_specs, dict.fromkeys(values, PartitionSpec())),
             (tree_specs, state_specs),
             spread.enter(updates, placed),
             state,
@@ -113,7 +120,29 @@ def transformation(
         new_updates = spread.leave(new_updates, updates, like, placed)
         return given.unflatten(jax.tree.leaves(new_updates)), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def space(self, tree: Any, dtype: Any, placed: Any) -> Space:
+        return self.step.compressor.bind(placement.layout(tree, dtype, placed))
+
+    def fitting(self, updates: Any, like: Any, state: Any) -> tuple[Any, Space]:
+        """Return the placement and the space that `state` was made for."""
+        placed = placement.find(like, self.sharding, updates, state)
+        space, made = self.expected(updates, state, placed)
+        fits = _validate_trees.is_like(state, made)
+        if not fits and placed is not None and placed.shapes is not None:
+            # Under Auto axes `init` may not have seen the mesh that is seen now. Then
+            # every device makes the step of one: kernels for TPUs cannot be divided.
+            alone, made_alone = self.expected(updates, state, None)
+            if _validate_trees.is_like(state, made_alone):
+                return placement.everywhere(updates, placed.mesh), alone
+        _validate_trees.same_state(state, made, updates)
+        return placed, space
+
+    def expected(self, updates: Any, state: Any, placed: Any) -> tuple[Space, Any]:
+        """Return the space for a placement, and what `state` should be like."""
+        space = self.space(updates, _state_dtype(state), placed)
+        local = jax.eval_shape(lambda: self.step.init(space))
+        specs = self.step.specs(space)
+        return space, description.global_arrays(local, specs, placed)
 
 
 def _outline(state: Any) -> Any:

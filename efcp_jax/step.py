@@ -1,10 +1,11 @@
-"""One step of each transformation, on the vectors and rows of one device.
+"""One step of a preconditioned transformation, on the vectors and rows of one device.
 
-A preconditioned step: compress with feedback, insert the row and take its inner
-products, replace them in the Gram matrix, solve for coefficients, combine the rows.
+Compress with feedback, insert the row and take its inner products, replace them in the
+Gram matrix, solve for coefficients, combine the rows.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,202 +13,141 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, feedback_input, passes, quantized, window as windows
+from efcp_jax import _validate, passes, window as windows
 from efcp_jax.compressors import Compressor, Space, identity, scoped
-from efcp_jax.metrics import Metric
+from efcp_jax.feedback import Feedback, Taken
 from efcp_jax.metrics.base import optional
 from efcp_jax.preconditioners import gram as grams
-from efcp_jax.protocol import transformation
-from efcp_jax.states import ErrorFeedbackState
+from efcp_jax.protocol import Step, transformation
 from efcp_jax.window import Window
 
 
 # Default number of rows, for every transformation and alias.
 WINDOW_SIZE = 64
 
-# Returns the coefficients of the stored rows, and what to keep, from the Gram matrix,
-# what was kept, the window behind the insertion, the slot of the newest row and the
-# values of the hyperparameters.
-_Coefficients = Callable[..., tuple[Any, ...]]
 
-
-def compressed(
-    *,
-    compressor: Compressor | None,
-    metric: Metric | None,
-    error_dtype: jax.typing.DTypeLike | None,
-    skip_nonfinite: bool,
-    sharding: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation that emits $c_t$; arguments as `error_feedback`."""
-    compressor, metric = _compressor(compressor), optional(metric)
-    error_dtype = _validate.error_dtype(error_dtype)
-    skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
-
-    def init(space: Space) -> ErrorFeedbackState:
-        vector, _, basis = space.zeros()
-        count = jnp.zeros((), jnp.int32)
-        return ErrorFeedbackState(
-            count=count,
-            skipped=jnp.zeros_like(count),
-            error=quantized.zeros(vector, space.specs()[0], error_dtype),
-            basis=basis,
-            metric=metric.init(space.layout) if metric else None,
-        )
-
-    def specs(space: Space) -> ErrorFeedbackState:
-        vector, _, basis = space.specs()
-        one: Any = PartitionSpec()
-        return ErrorFeedbackState(
-            count=one,
-            skipped=one,
-            error=quantized.specs(vector, error_dtype),
-            basis=basis,
-            metric=metric.specs(space.layout) if metric else None,
-        )
-
-    def step(space: Space, updates, state: ErrorFeedbackState, values):
-        del values
-        layout = space.layout
-        new = feedback_input.take(space, updates, state, metric, skip_nonfinite)
-        accept, share = jnp.asarray(True), new.share
-        if skip_nonfinite:
-            fault = jnp.where(new.finite, 0, 1).astype(layout.dtype)
-            faults, share = layout.sum((fault, share))
-            accept = faults == 0
-        elif share is not None:
-            share = layout.sum(share)
-
-        def update(scale: jax.Array) -> Any:
-            scaled = lambda c: jnp.where(accept, c * scale, 0)
-            return space.unpack(jax.tree.map(scaled, space.expand(new.row.row)))
-
-        return new.outward(update, new.row.scale), ErrorFeedbackState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            skipped=_count_skipped(state.skipped, accept),
-            error=new.error(accept, state.error),
-            basis=feedback_input.select(accept, new.row.basis, state.basis),
-            metric=new.metric(accept, share, state.metric),
-        )
-
-    return transformation(compressor, init, specs, step, {}, sharding)
-
-
-def preconditioned(
-    state_type: type,
-    coefficients: _Coefficients,
-    keep: Callable[[int, Any], Any],
-    hyperparameters: dict[str, Any],
-    *,
-    window_size: int | None,
-    compressor: Compressor | None,
-    block_diagonal: bool,
-    metric: Metric | None,
-    error_feedback: bool,
-    error_dtype: jax.typing.DTypeLike | None,
-    skip_nonfinite: bool,
-    sharding: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation with the coefficients of either preconditioner."""
-    compressor, metric = _compressor(compressor), optional(metric)
-    block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
-    compressor = scoped(compressor, block_diagonal)
-    size = WINDOW_SIZE
-    if window_size is not None:
-        size = _validate.positive_int("window_size", window_size)
-    # A compressor that drops nothing leaves an error of zero, not worth its memory.
-    error_feedback = _validate.boolean("error_feedback", error_feedback)
-    error_feedback = error_feedback and not compressor.lossless
-    error_dtype = _validate.error_dtype(error_dtype)
-    skip_nonfinite = _validate.boolean("skip_nonfinite", skip_nonfinite)
-
-    def init(space: Space):
-        vector, _, basis = space.zeros()
-        count = jnp.zeros((), jnp.int32)
-        dtype = space.layout.dtype
-        return state_type(
-            count=count,
-            skipped=jnp.zeros_like(count),
-            error=quantized.zeros(vector, space.specs()[0], error_dtype)
-            if error_feedback
-            else None,
-            basis=basis,
-            window=windows.empty(space, size, dtype),
-            gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
-            factor=jax.tree.map(jnp.copy, space.grams(keep(size, dtype))),
-            metric=metric.init(space.layout) if metric else None,
-        )
-
-    def specs(space: Space):
-        vector, row, basis = space.specs()
-        one: Any = PartitionSpec()
-        factor = jax.eval_shape(lambda: keep(size, space.layout.dtype))
-        return state_type(
-            count=one,
-            skipped=one,
-            error=quantized.specs(vector, error_dtype) if error_feedback else None,
-            basis=basis,
-            window=Window(rows=row, scale=one, slot=one, filled=one),
-            gram=space.grams(one),
-            factor=space.grams(jax.tree.map(lambda _: one, factor)),
-            metric=metric.specs(space.layout) if metric else None,
-        )
-
-    def step(space: Space, updates, state, values):
-        layout, slot = space.layout, state.window.slot
-        new = feedback_input.take(space, updates, state, metric, skip_nonfinite)
-        accept, window = jnp.asarray(True), state.window
-        row, scale = new.row.row, new.row.scale
-        multiply = lambda rows: space.inner(rows, row)
-
-        if not layout.axes:
-            # The row is inserted first: all reading behind the writing needs no copy.
-            accept = new.finite if skip_nonfinite else accept
-            window = windows.insert(window, row, scale, accept)
-            products = multiply(window.rows)
-        else:
-            products = windows.products(multiply, window, row)
-        # A device that met an entry that is not finite tells the others in the sum.
-        products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
-        products, share = layout.sum((products, new.share))
-        if layout.axes:
-            if skip_nonfinite:
-                accept = new.finite & passes.all_finite(jax.tree.leaves(products))
-            window = windows.insert(window, row, scale, accept)
-        replace = lambda old, row: grams.replace(old, row, slot, accept)
-        gram = jax.tree.map(replace, state.gram, products)
-        solve = lambda k, kept: coefficients(k, kept, window, slot, values)
-        # Large systems keep the cores busy one by one, and their branches apart.
-        large = bool(jax.tree.leaves(state.factor))
-        solved = space.each_gram(solve, in_turn=large)(gram, state.factor)
-        part = lambda i: jax.tree.map(lambda _, new: new[i], gram, solved)
-        chosen = jax.tree.map(lambda x: jnp.where(accept, x, 0), part(0))
-        update = lambda weights: space.update(window.rows, weights)
-        return new.outward(update, chosen), state_type(
-            count=optax.safe_increment(state.count),
-            skipped=_count_skipped(state.skipped, accept),
-            error=new.error(accept, state.error),
-            basis=feedback_input.select(accept, new.row.basis, state.basis),
-            window=window,
-            gram=gram,
-            factor=part(1),
-            metric=new.metric(accept, share, state.metric),
-        )
-
-    return transformation(compressor, init, specs, step, hyperparameters, sharding)
-
-
-def _compressor(compressor: Compressor | None) -> Compressor:
+def checked(
+    compressor: Any,
+    metric: Any,
+    error_dtype: Any,
+    skip_nonfinite: Any,
+    error_feedback: Any = True,
+    block_diagonal: Any = False,
+) -> Feedback:
+    """Return how gradients enter a step, or raise if an argument is not right."""
     if compressor is None:
-        return identity()
+        compressor = identity()
     if not isinstance(compressor, Compressor):
         raise TypeError(
             "`compressor` must be a compressor, got"
             f" {compressor!r}. Pass `efcp_jax.identity()`, `efcp_jax.top_k(0.01)` or"
             " `efcp_jax.low_rank(4)`."
         )
-    return compressor
+    block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
+    return Feedback(
+        compressor=scoped(compressor, block_diagonal),
+        metric=optional(metric),
+        error=_validate.boolean("error_feedback", error_feedback),
+        error_dtype=_validate.floating_dtype("error_dtype", error_dtype, ("int8",)),
+        skip_nonfinite=_validate.boolean("skip_nonfinite", skip_nonfinite),
+    )
 
 
-def _count_skipped(skipped: jax.Array, accept: jax.Array) -> jax.Array:
-    return jnp.where(accept, skipped, optax.safe_increment(skipped))
+def preconditioned(
+    state_type: type,
+    coefficients: Callable[..., tuple[Any, Any]],
+    keep: Callable[[int, Any], Any],
+    hyperparameters: dict[str, Any],
+    window_size: int | None,
+    feedback: Feedback,
+    sharding: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation with the coefficients of either preconditioner.
+
+    Args:
+        state_type: The type of its state.
+        coefficients: Returns the coefficients of the stored rows, and what to keep,
+            from the Gram matrix, what was kept, the window behind the insertion, the
+            slot of the newest row and the values of the hyperparameters.
+        keep: Returns what is kept at first, of a window size and dtype.
+        hyperparameters: Numbers or schedules, by name.
+        window_size: Number of rows; None for 64.
+        feedback: How gradients enter, made by `checked`.
+        sharding: Where the parameters live.
+    """
+    # A compressor that drops nothing leaves an error of zero, not worth its memory.
+    error = feedback.error and not feedback.compressor.lossless
+    feedback = dataclasses.replace(feedback, error=error)
+    size = WINDOW_SIZE if window_size is None else window_size
+    size = _validate.positive_int("window_size", size)
+    made = _Preconditioned(state_type, coefficients, keep, size, feedback)
+    step = Step(feedback.compressor, made.init, made.specs, made.step)
+    return transformation(step, hyperparameters, sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preconditioned:
+    """The functions of the step, and what they have in common."""
+
+    state_type: type
+    coefficients: Callable[..., tuple[Any, Any]]
+    keep: Callable[[int, Any], Any]
+    size: int
+    feedback: Feedback
+
+    def init(self, space: Space) -> Any:
+        size, dtype = self.size, space.layout.dtype
+        gram = jnp.zeros((size, size), dtype)
+        return self.state_type(
+            **self.feedback.init(space),
+            window=windows.empty(space, size, dtype),
+            gram=jax.tree.map(jnp.copy, space.grams(gram)),
+            factor=jax.tree.map(jnp.copy, space.grams(self.keep(size, dtype))),
+        )
+
+    def specs(self, space: Space) -> Any:
+        one: Any = PartitionSpec()
+        factor = jax.eval_shape(lambda: self.keep(self.size, space.layout.dtype))
+        return self.state_type(
+            **self.feedback.specs(space),
+            window=Window(rows=space.specs()[1], scale=one, slot=one, filled=one),
+            gram=space.grams(one),
+            factor=space.grams(jax.tree.map(lambda _: one, factor)),
+        )
+
+    def step(self, space: Space, updates: Any, state: Any, values: dict) -> Any:
+        slot = state.window.slot
+        new = self.feedback.take(space, updates, state)
+        window, accept, products, share = self._insert(space, state.window, new)
+        replace = lambda old, row: grams.replace(old, row, slot, accept)
+        gram = jax.tree.map(replace, state.gram, products)
+        solve = lambda k, kept: self.coefficients(k, kept, window, slot, values)
+        # Large systems keep the cores busy one by one, and their branches apart.
+        large = bool(jax.tree.leaves(state.factor))
+        solved = space.each_gram(solve, in_turn=large)(gram, state.factor)
+        part = lambda i: jax.tree.map(lambda _, new: new[i], gram, solved)
+        chosen = jax.tree.map(lambda x: jnp.where(accept, x, 0), part(0))
+        update = lambda weights: space.update(window.rows, weights)
+        return new.outward(update, chosen), self.state_type(
+            **new.kept(accept, share, state), window=window, gram=gram, factor=part(1)
+        )
+
+    def _insert(self, space: Space, window: Window, new: Taken) -> tuple[Any, ...]:
+        """Return the window, whether to accept, products, and the mean of moments."""
+        layout, accept = space.layout, jnp.asarray(True)
+        multiply = lambda rows: space.inner(rows, new.row)
+        if not layout.axes:
+            # The row is inserted first: all reading behind the writing needs no copy.
+            accept = new.finite if self.feedback.skip_nonfinite else accept
+            window = windows.insert(window, new.row, new.scale, accept)
+            products = multiply(window.rows)
+        else:
+            products = windows.products(multiply, window, new.row)
+        # A device that met an entry that is not finite tells the others in the sum.
+        products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
+        products, share = layout.sum((products, new.share))
+        if layout.axes:
+            if self.feedback.skip_nonfinite:
+                accept = new.finite & passes.all_finite(jax.tree.leaves(products))
+            window = windows.insert(window, new.row, new.scale, accept)
+        return window, accept, products, share

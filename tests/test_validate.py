@@ -195,11 +195,9 @@ def test_init_refuses_leaves_that_are_not_floating(factory, dtype):
 
 
 BAD_GRADIENTS = {
-    "lacks the leaf at params['weight']": lambda g: g.pop("weight"),
-    "leaf at updates['extra']": lambda g: g.update(extra=jnp.zeros(2)),
-    "gradient at updates['weight'] has shape (3, 2)": lambda g: g.update(
-        weight=jnp.zeros((3, 2))
-    ),
+    "lacks params['weight']": lambda g: g.pop("weight"),
+    "surplus leaf updates['extra']": lambda g: g.update(extra=jnp.zeros(2)),
+    "updates['weight'] has shape (3, 2)": lambda g: g.update(weight=jnp.zeros((3, 2))),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from efcp_jax import feedback, window as windows
+from efcp_jax import window as windows
 
 
 M = 4
@@ -47,24 +47,15 @@ def history(name, accept=(True,) * STEPS):
     def insert_all(gradients, accept):
         def insert(carry, given):
             (before, basis), (gradient, accepted) = carry, given
-            new = feedback.compress(
-                space,
-                gradient,
-                None,
-                basis,
-                scaled=True,
-                accept=jnp.asarray(True),
-                count=jnp.zeros((), jnp.int32),
-            )
-            inner = lambda rows: space.inner(rows, new.row)
-            products = windows.products(inner, before, new.row)
-            after = windows.insert(before, new.row, new.scale, accepted)
+            row, scale, basis = space.compress(space.pack(gradient), basis, True)
+            inner = lambda rows: space.inner(rows, row)
+            products = windows.products(inner, before, row)
+            after = windows.insert(before, row, scale, accepted)
             rows = [cases.stored_row(space, after.rows, i) for i in SLOTS]
             stored = [space.unpack(space.expand(each)) for each in rows]
-            row = space.expand(new.row)
-            vector = space.unpack(jax.tree.map(lambda x: x * new.scale, row))
-            step = Step(before, after, stored, products, new.scale)
-            return (after, new.basis), (step, vector)
+            vector = jax.tree.map(lambda x: x * scale, space.expand(row))
+            step = Step(before, after, stored, products, scale)
+            return (after, basis), (step, space.unpack(vector))
 
         start = windows.empty(space, M, jnp.float32), space.zeros()[2]
         return jax.lax.scan(insert, start, (gradients, accept))[1]

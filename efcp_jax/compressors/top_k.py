@@ -98,17 +98,17 @@ def top_k(
     if block_size is not None:
         block_size = _validate.positive_int("block_size", block_size)
     return TopK(
-        density=_validate.fraction("density", density),
+        density=_validate.number_now("density", density),
         block_size=block_size,
-        value_dtype=_validate.stored_dtype(
+        value_dtype=_validate.floating_dtype(
             "value_dtype",
             value_dtype,
-            DTYPES,
-            fits=block_size is not None and block_size <= LARGEST,
+            narrow=DTYPES if block_size and block_size <= LARGEST else (),
             remedy=(
-                "Values of 8 bits have a scale for each tile of small blocks, and there"
-                f" are no tiles of larger ones. Pass `block_size={LARGEST}` or less, or"
-                f" `value_dtype=jnp.bfloat16`; got `block_size={block_size}`."
+                "Those of 8 bits, jnp.int8 and jnp.float8_e4m3fn, have a scale for each"
+                " tile of small blocks, and there are no tiles of larger ones: pass"
+                f" `block_size={LARGEST}` or less with them, got"
+                f" `block_size={block_size}`."
             ),
         ),
     )

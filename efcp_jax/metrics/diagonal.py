@@ -222,13 +222,9 @@ def diagonal_metric(
         number a row or column in front. Moments saturate for entries above 1e19 and
         vanish below 1e-19 (in float32): there the metric is flat.
     """
-    decay = _validate.number_now(
-        "decay", decay, low=0.0, high=1.0, open_high=True, remedy="Pass 0.95."
-    )
-    floor = _validate.number_now("floor", floor, low=0.0, remedy="Pass 0.1.")
     return DiagonalMetric(
-        decay=decay,
-        floor=floor,
+        decay=_validate.number_now("decay", decay),
+        floor=_validate.number_now("floor", floor),
         factored=_validate.boolean("factored", factored),
         dtype=_validate.floating_dtype("dtype", dtype),
     )

@@ -1,7 +1,6 @@
 """A metric that the user knows: one number for each leaf or subtree."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -100,7 +99,5 @@ def fixed_metric(diagonal: Any) -> FixedMetric:
             "`diagonal` must hold positive numbers, got an empty tree. Pass a number,"
             " or one for each leaf of the parameters."
         )
-    check = functools.partial(
-        _validate.number_now, low=0.0, open_low=True, remedy="Pass positive numbers."
-    )
+    check = _validate.number_now
     return FixedMetric(tuple((names_of(p), check("diagonal", x)) for p, x in given))

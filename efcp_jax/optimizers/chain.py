@@ -1,6 +1,5 @@
-"""What every optimizer puts behind its preconditioner."""
+"""What the optimizers have in common: their defaults, and the chain they end in."""
 
-import math
 import numbers
 from typing import Any, Literal
 
@@ -10,23 +9,31 @@ import jax.numpy as jnp
 import optax
 
 from efcp_jax import _validate
+from efcp_jax.compressors import Compressor, top_k
 from efcp_jax.metrics import Metric, diagonal_metric
 
 
 # Entries a block of the sparse optimizers, and the share of them that is kept: offsets
 # take a byte, every platform compares them in place of gathering and scattering, and
 # two of 128 train better than as many bytes in larger blocks.
-BLOCK_SIZE = 128
-DENSITY = 2 / 128
+_BLOCK_SIZE = 128
+_DENSITY = 2 / 128
 
 # What they store values and errors in: three bytes an entry, two for each error. What
 # rounding drops, error feedback adds to the next gradient.
-STORED = jnp.bfloat16
+_STORED = jnp.bfloat16
 
 
-def stored_dtype(
-    dtype: jax.typing.DTypeLike | None, density: float | None
-) -> jax.typing.DTypeLike | None:
+def sparse(density: Any, block_size: Any, value_dtype: Any) -> Compressor:
+    """Return the compressor of the sparse optimizers, with their defaults for None."""
+    return top_k(
+        _DENSITY if density is None else density,
+        block_size=_BLOCK_SIZE if block_size is None else block_size,
+        value_dtype=stored_dtype(value_dtype, density),
+    )
+
+
+def stored_dtype(dtype: Any, density: Any) -> Any:
     """Return the dtype of values or errors of sparse rows, the default where None.
 
     With density 1 that is the working dtype: where nothing is dropped, nothing is
@@ -34,7 +41,7 @@ def stored_dtype(
     """
     if dtype is not None or (isinstance(density, numbers.Real) and density == 1):
         return dtype
-    return STORED
+    return _STORED
 
 
 def metric_of(
@@ -63,26 +70,18 @@ def with_learning_rate(
     What is not needed is replaced by `optax.identity`, so that the state has the same
     structure whether or not a hyperparameter is injected.
     """
-    _validate.number(
-        "learning_rate",
-        learning_rate,
-        low=-math.inf,
-        open_low=True,
-        remedy="Pass a number or a schedule from step to number.",
-    )
-    _validate.number(
-        "weight_decay", weight_decay, low=0.0, remedy="Pass 0.0 for no weight decay."
-    )
-    return optax.chain(
-        preconditioner,
-        optax.identity() if momentum is None else _trace(momentum),
-        (
-            optax.identity()
-            if _is_zero(weight_decay)
-            else _steady(optax.add_decayed_weights(weight_decay, mask))
-        ),
-        _steady(optax.scale_by_learning_rate(learning_rate)),
-    )
+    _validate.number("learning_rate", learning_rate)
+    _validate.number("weight_decay", weight_decay)
+    trace, decay = optax.identity(), optax.identity()
+    if momentum is not None and not _is_zero(_validate.number("momentum", momentum)):
+        make: Any = optax.trace
+        if callable(momentum):
+            make = optax.inject_hyperparams(make)
+        trace = _steady(make(momentum))
+    if not _is_zero(weight_decay):
+        decay = _steady(optax.add_decayed_weights(weight_decay, mask))
+    rate = _steady(optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(preconditioner, trace, decay, rate)
 
 
 def _steady(
@@ -101,22 +100,6 @@ def _steady(
         return jax.tree.map(cast, new, (updates, state))
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
-
-
-def _trace(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    _validate.number(
-        "momentum",
-        momentum,
-        low=0.0,
-        high=1.0,
-        open_high=True,
-        remedy="Pass None for no momentum.",
-    )
-    if _is_zero(momentum):
-        return optax.identity()
-    if callable(momentum):
-        return _steady(optax.inject_hyperparams(optax.trace)(decay=momentum))
-    return _steady(optax.trace(momentum))
 
 
 def _is_zero(value: Any) -> bool:

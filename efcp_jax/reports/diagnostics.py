@@ -10,7 +10,7 @@ from efcp_jax import quantized
 from efcp_jax.metrics.moments import summary
 from efcp_jax.numerics import widest
 from efcp_jax.reports.find import own_states
-from efcp_jax.states import ErrorFeedbackState
+from efcp_jax.transforms import ErrorFeedbackState
 
 
 def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from efcp_jax.states import (
+from efcp_jax.transforms import (
     ErrorFeedbackState,
     ScaleByGgtState,
     ScaleByMfacState,

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 from efcp_jax import _validate, _validate_trees, window as windows
 from efcp_jax.compressors import Compressor, scoped
 from efcp_jax.preconditioners.ridge import ridge
-from efcp_jax.protocol import transformation
+from efcp_jax.protocol import Step, transformation
 from efcp_jax.reports.find import own_states
-from efcp_jax.states import ScaleByMfacState
+from efcp_jax.transforms import ScaleByMfacState
 from efcp_jax.window import Window
 
 
@@ -108,13 +108,7 @@ def inverse_fisher_product(
         raise TypeError(
             f"`damping` must be a number, got {damping!r}. Pass the schedule's value."
         )
-    damping = _validate.number(
-        "damping",
-        damping,
-        low=0.0,
-        open_low=True,
-        remedy="Pass a small number such as 1e-5.",
-    )
+    damping = _validate.number("damping", damping)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
     _validate_trees.floating_leaves(tree, "tree")
     own: Any = found[0]
@@ -142,9 +136,8 @@ def inverse_fisher_product(
         product = _product(space, updates, held, values["damping"], rows)
         return space.layout.cast(space.unpack(product)), held
 
-    solver = transformation(
-        compressor, init, specs, step, {"damping": damping}, sharding
-    )
+    product = Step(compressor, init, specs, step)
+    solver = transformation(product, {"damping": damping}, sharding)
     return solver.update(tree, _only(own, own.window, own.gram))[0]
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from efcp_jax.states import ScaleByGgtState, ScaleByMfacState
+from efcp_jax.transforms import ScaleByGgtState, ScaleByMfacState
 
 
 class MemoryReport(NamedTuple):

@@ -1,15 +1,32 @@
 """Compression with error feedback alone."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
+import chex
 import jax
+import jax.numpy as jnp
 import optax
 
-from efcp_jax.compressors import Compressor
-from efcp_jax.metrics import Metric
-from efcp_jax.step import compressed
+from efcp_jax._docstrings import documented
+from efcp_jax.compressors import Compressor, Space
+from efcp_jax.feedback import Feedback
+from efcp_jax.metrics import Metric, MetricState
+from efcp_jax.protocol import Step, transformation
+from efcp_jax.step import checked
 
 
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`; the fields are as in `ScaleByMfacState`."""
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree
+    basis: chex.ArrayTree | None
+    metric: MetricState | None = None
+
+
+@documented()
 def error_feedback(
     compressor: Compressor | None = None,
     *,
@@ -24,29 +41,12 @@ def error_feedback(
 
     Put it in front of any optimizer to train on compressed gradients.
 
-    Args:
-        compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
-        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
-            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
-            multiplied by $D^{-1/2}$. None for the Euclidean metric.
-        error_dtype: Dtype in which the error is kept. None keeps it in the working
-            dtype (float32, or float64 for float64 parameters), in which no part of a
-            gradient is lost; `jnp.bfloat16` halves it and loses its rounding;
-            `jnp.int8` keeps a byte an entry and a power of two a block, rounded at
-            random so that in the mean nothing is lost.
-        skip_nonfinite: Whether a gradient with an entry that is not finite leaves the
-            error as it is and emits zeros. False lets such entries through.
-        sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for
-            every leaf, as a tree prefix. None takes it from the arrays' types under
-            Explicit mesh axes; under Auto axes it spreads the step over the mesh in a
-            way of its own, see `efcp_jax.sharding`.
+    %(arguments)s
 
     Returns:
         A gradient transformation with an `ErrorFeedbackState`.
 
-    Raises:
-        TypeError: An argument is of the wrong type, or traced.
-        ValueError: An argument is out of range.
+    %(raises)s
 
     Examples:
         >>> import efcp_jax, jax.numpy as jnp, optax
@@ -61,17 +61,37 @@ def error_feedback(
         >>> print(updates)
         [-0. -6. -0. -0.]
 
-    References:
-        Modoranu et al., `Error Feedback Can Accurately Compress Preconditioners
-        <https://arxiv.org/abs/2306.06098>`_, 2024
+    %(paper)s
 
     Notes:
         Memory: the error, 4 bytes a parameter. Time: one compression.
     """
-    return compressed(
-        compressor=compressor,
-        metric=metric,
-        error_dtype=error_dtype,
-        skip_nonfinite=skip_nonfinite,
-        sharding=sharding,
+    feedback = checked(compressor, metric, error_dtype, skip_nonfinite)
+    step = Step(
+        feedback.compressor,
+        lambda space: ErrorFeedbackState(**feedback.init(space)),
+        lambda space: ErrorFeedbackState(**feedback.specs(space)),
+        functools.partial(_step, feedback),
     )
+    return transformation(step, {}, sharding)
+
+
+def _step(
+    feedback: Feedback, space: Space, updates: Any, state: Any, values: dict
+) -> tuple[Any, ErrorFeedbackState]:
+    del values
+    new = feedback.take(space, updates, state)
+    accept, share = jnp.asarray(True), new.share
+    if feedback.skip_nonfinite:
+        fault = jnp.where(new.finite, 0, 1).astype(space.layout.dtype)
+        faults, share = space.layout.sum((fault, share))
+        accept = faults == 0
+    else:
+        share = space.layout.sum(share)
+
+    def update(scale: jax.Array) -> Any:
+        scaled = lambda c: jnp.where(accept, c * scale, 0)
+        return space.unpack(jax.tree.map(scaled, space.expand(new.row)))
+
+    updates = new.outward(update, new.scale)
+    return updates, ErrorFeedbackState(**new.kept(accept, share, state))

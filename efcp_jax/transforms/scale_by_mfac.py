@@ -1,6 +1,6 @@
 """M-FAC: natural gradient with the damped empirical Fisher matrix."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from efcp_jax import _validate
+from efcp_jax._docstrings import MFAC, documented
 from efcp_jax.compressors import Compressor
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished, saturate
 from efcp_jax.preconditioners import (
     gram as grams,
     mfac_coefficients,
     system as systems,
 )
-from efcp_jax.states import ScaleByMfacState
-from efcp_jax.step import preconditioned
+from efcp_jax.step import checked, preconditioned
 from efcp_jax.window import Window
 
 
@@ -26,6 +26,34 @@ from efcp_jax.window import Window
 _DAMPING = 0.1
 
 
+class ScaleByMfacState(NamedTuple):
+    """State of `scale_by_mfac`.
+
+    Attributes:
+        count: Number of updates, int32.
+        skipped: Number of updates skipped for entries that were not finite, int32.
+        error: What compression has dropped so far, in working form; None without error
+            feedback.
+        basis: What the compressor carries between steps, or None.
+        window: The last m compressed gradients.
+        gram: Inner products of the window's stored rows, shape `(m, m)`; where the
+            compressor is block diagonal, `(g, m, m)` for each group of g leaves.
+        factor: What is kept of the factorisation of each m x m system for the steps to
+            come, or None.
+        metric: The moments of the metric, or None.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    error: chex.ArrayTree | None
+    basis: chex.ArrayTree | None
+    window: Window
+    gram: chex.ArrayTree
+    factor: chex.ArrayTree | None
+    metric: MetricState | None = None
+
+
+@documented(MFAC)
 def scale_by_mfac(
     window_size: int | None = None,
     damping: optax.ScalarOrSchedule | None = None,
@@ -48,54 +76,13 @@ def scale_by_mfac(
     of $G$ are the last $m$ compressed gradients $g_i$. With the defaults,
     $u = (\lambda I + G^T G / m)^{-1} c_t$ with the newest, $c_t$.
 
-    Args:
-        window_size: Number of gradients $m$ kept, at least 1; None for 64.
-        damping: $\lambda > 0$, in the unit of a squared gradient entry; a number or a
-            schedule. None for 0.1 with `relative=True`. Large values give
-            $c_t / \lambda$, a plain gradient. For values that go to 0,
-            $\langle u, c_t \rangle$ goes to $m$, so the learning rate belongs near
-            $1 / m$.
-        relative: Whether `damping` and the update are in units of the window itself:
-            with $s^2$ the mean squared norm of its rows, $\lambda$ is `damping`
-            $s^2 / m$, that many times the mean of the eigenvalues of the Fisher matrix
-            that are not zero (with `divisor="filled"`, $s^2$ over the rows there are),
-            and the update is multiplied by $s$. Multiplying the loss by a number then
-            changes nothing at all.
-        b1: Decay of the first moment, in [0, 1). It needs no momentum buffer: the
-            moment is taken over the window. 0 takes the newest row.
-        nesterov: Whether the moment looks ahead,
-            $b_1 \sum_i (1 - b_1) b_1^{age_i} g_i + (1 - b_1) c_t$.
-        compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
-        block_diagonal: Whether every leaf has a Gram matrix of its own, a
-            block-diagonal preconditioner, instead of one for all parameters. Each is
-            solved by itself, and blocks of `top_k` hold entries of one leaf only.
-        metric: What gradients and updates are measured in, `diagonal_metric(...)` or
-            `fixed_metric(...)`: the step is made on $D^{-1/2} g_t$, and the update
-            multiplied by $D^{-1/2}$. None for the Euclidean metric.
-        error_feedback: Whether what the compressor drops is added to the next gradient.
-            Switch it off behind `error_feedback(compressor)` in a chain.
-        error_dtype: Dtype in which the error is kept; None for the working dtype
-            (float32, or float64 for float64 parameters). `jnp.bfloat16` halves it and
-            loses its rounding. `jnp.int8` keeps a byte an entry and a power of two a
-            block, rounded at random so that in the mean nothing is lost; on CPUs one
-            vector of the working dtype is a temporary then.
-        divisor: `"window_size"` averages the Fisher matrix over $m$ rows from the
-            first step on, as published; `"filled"` over the rows there are, which makes
-            the first steps shorter by up to $m$ times.
-        skip_nonfinite: Whether a gradient with an entry that is not finite is skipped:
-            a zero update, an unchanged error and window, and `skipped` counted up.
-        sharding: Where the parameters live: a `NamedSharding` or `PartitionSpec` for
-            every leaf, as a tree prefix. None takes it from the arrays' types under
-            Explicit mesh axes; under Auto axes it spreads the step over the mesh in a
-            way of its own, see `efcp_jax.sharding`.
+    %(arguments)s
 
     Returns:
         A gradient transformation with a `ScaleByMfacState`. Its updates point up the
         gradient and carry no learning rate.
 
-    Raises:
-        TypeError: An argument is of the wrong type, or a structural one is traced.
-        ValueError: An argument is out of range.
+    %(raises)s
 
     Examples:
         >>> import efcp_jax, jax.numpy as jnp
@@ -105,12 +92,7 @@ def scale_by_mfac(
         >>> print(f"{updates[0]:.4f}")  # 2 / (1 + 2^2 / 2)
         0.6667
 
-    References:
-        Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
-        Information <https://arxiv.org/abs/2107.03356>`_, 2021
-
-        Modoranu et al., `Error Feedback Can Accurately Compress Preconditioners
-        <https://arxiv.org/abs/2306.06098>`_, 2024
+    %(mfac_papers)s
 
     Notes:
         Memory: the window (m times the compressed gradient), the error and m^2 numbers;
@@ -128,16 +110,8 @@ def scale_by_mfac(
     relative = _validate.boolean("relative", relative)
     if damping is None:
         damping, relative = _DAMPING, True
-    damping = _validate.number(
-        "damping",
-        not_vanished(damping),
-        low=0.0,
-        open_low=True,
-        remedy="Pass a small number such as 1e-5.",
-    )
-    b1 = _validate.number(
-        "b1", b1, low=0.0, high=1.0, open_high=True, remedy="Pass 0.0 for no momentum."
-    )
+    damping = _validate.number("damping", not_vanished(damping))
+    b1 = _validate.number("b1", b1)
     nesterov = _validate.boolean("nesterov", nesterov)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
 
@@ -160,17 +134,15 @@ def scale_by_mfac(
             weights = saturate(weights * unit, weights.dtype)
         return weights, kept
 
+    feedback = checked(
+        compressor, metric, error_dtype, skip_nonfinite, error_feedback, block_diagonal
+    )
     return preconditioned(
         ScaleByMfacState,
         coefficients,
         systems.empty,
         {"damping": damping, "b1": b1},
-        window_size=window_size,
-        compressor=compressor,
-        block_diagonal=block_diagonal,
-        metric=metric,
-        error_feedback=error_feedback,
-        error_dtype=error_dtype,
-        skip_nonfinite=skip_nonfinite,
-        sharding=sharding,
+        window_size,
+        feedback,
+        sharding,
     )
