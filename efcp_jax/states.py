@@ -5,7 +5,7 @@ group of leaves that are one batch, named by the shape of their matrices. Checkp
 `optax.tree.map_params` and Flax's optimizers take it as it is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -70,3 +70,23 @@ class ScaleByGgtState(NamedTuple):
     gram: chex.ArrayTree
     factor: chex.ArrayTree | None
     metric: MetricState | None = None
+
+
+OWN = (ErrorFeedbackState, ScaleByMfacState, ScaleByGgtState)
+
+
+def own_states(state: Any, kinds: tuple[type, ...] = OWN) -> list[Any]:
+    """Return the states of `kinds` in `state`, however deeply they are wrapped."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
+def only_state(state: Any, kinds: tuple[type, ...] = OWN, of: str = "efcp_jax") -> Any:
+    """Return the one state of `kinds` in `state`, or raise; `of` names it."""
+    found = own_states(state, kinds)
+    if len(found) != 1:
+        raise ValueError(
+            f"`state` must contain exactly one state of `{of}`, got {len(found)}. Pass"
+            " the part of the state that belongs to one transformation."
+        )
+    return found[0]
