@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.prefixes import Prefix, broadcast, names_of
+from efcp_jax.devices.trees import Prefix, broadcast, names_of
 from efcp_jax.metrics.base import Measured
 
 

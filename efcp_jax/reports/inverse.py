@@ -108,14 +108,14 @@ def inverse_fisher_product(
     _validate_trees.floating_leaves(tree, "tree")
     if own.metric is not None:
         raise ValueError(
-            "The window of `state` is in a metric that changes from step to step, so"
-            " its Fisher matrix is not that of the parameters. Train with"
-            " `metric=None`."
+            "The window of `state` is in a metric that changes step by step, so its"
+            " Fisher matrix is not that of the parameters. Train with `metric=None`."
         )
     block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
     compressor = scoped(compressor, block_diagonal)
     solver = _solver(compressor, own, divisor, damping, sharding)
-    return solver.update(tree, _Held(own.window, own.gram))[0]
+    held: Any = _Held(own.window, own.gram)
+    return solver.update(tree, held)[0]
 
 
 class _Held(NamedTuple):
