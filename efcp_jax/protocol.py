@@ -14,7 +14,7 @@ import optax
 from efcp_jax import _validate_trees, numerics, varying
 from efcp_jax.compressors import Compressor, Space
 from efcp_jax.devices import description, placement, spread
-from efcp_jax.devices.boxes import strip_boxes
+from efcp_jax.devices.trees import strip_boxes
 
 
 def _stand_in() -> type:

@@ -57,19 +57,13 @@ from typing import Any
 
 import chex
 import jax
+import numpy as np
 import optax
 
+from efcp_jax.devices import description
 from efcp_jax.devices.collectives import collectives as collectives
-from efcp_jax.devices.description import Description, describing
+from efcp_jax.devices.description import Description, describe
 from efcp_jax.devices.reshard import convert
-from efcp_jax.devices.shardings import (
-    concrete_mesh,
-    describe,
-    device_of,
-    is_named,
-    param_shardings,
-    place,
-)
 
 
 def state_shardings(
@@ -109,44 +103,7 @@ def state_shardings(
         >>> with jax.set_mesh(mesh):
         ...     state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    described = describe(tx, params)
-    given = param_shardings(params, sharding, described)
-    named = [s for s in jax.tree.leaves(given) if is_named(s)]
-    mesh = concrete_mesh([each.mesh for each in named])
-    divided = any(not each.is_fully_replicated for each in named)
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Description):
-            return alone
-        if leaf.placement is None:
-            if divided:
-                raise ValueError(
-                    "Parameters are divided among devices in a way that a traced step"
-                    " cannot see. Pass `sharding` to the transformation, or make the"
-                    " mesh with Explicit axes."
-                )
-            return jax.tree.map(lambda _: alone, leaf.arrays)
-        on = concrete_mesh([mesh, leaf.placement.mesh])
-        return jax.tree.structure(leaf.arrays).unflatten(
-            jax.sharding.NamedSharding(on, spec) for spec in leaf.specs
-        )
-
-    alone = (
-        jax.sharding.SingleDeviceSharding(device_of(params))
-        if mesh is None
-        else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
-    if mesh is None:
-        given = jax.tree.map(lambda _: alone, params)
-    with describing():
-        return optax.tree.map_params(
-            tx,
-            lambda leaf, at: leaf if isinstance(leaf, optax.MaskedNode) else at,
-            described,
-            given,
-            transform_non_params=own,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-        )
+    return description.state_shardings(tx, params, sharding)
 
 
 def abstract_state(
@@ -199,11 +156,14 @@ def reshard_state(
             room for. Blocks that hold the same entries in both layouts always fit.
     """
     old, new = (describe(*each) for each in (source, target))
-    where = state_shardings(*target)
+
+    def place(array: Any, at: Any) -> Any:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, at, lambda part: array[part])
 
     def one(before: Any, after: Any, part: Any, at: Any) -> Any:
         if isinstance(before, Description):
             part = convert(part, before, after)
         return jax.tree.map(place, part, at)
 
-    return jax.tree.map(one, old, new, state, where)
+    return jax.tree.map(one, old, new, state, state_shardings(*target))

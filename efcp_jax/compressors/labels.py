@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.prefixes import Prefix, broadcast, names_of
+from efcp_jax.devices.trees import Prefix, broadcast, names_of
 
 
 def prefix(labels: Any, known: Iterable[str]) -> Prefix:

@@ -47,7 +47,7 @@ def mesh_of(leaves: Iterable[Any]) -> Any:
     that name no mesh live on the ambient one.
     """
     leaves = list(leaves)
-    meshes = [mesh for mesh in map(_mesh, leaves) if mesh is not None]
+    meshes = [at.mesh for at in map(sharding_of, leaves) if at is not None]
     if not meshes and any(isinstance(leaf, Tracer) for leaf in leaves):
         meshes = [jax.sharding.get_abstract_mesh()]
     meshes = [mesh for mesh in meshes if set(mesh.axis_types) == {AxisType.Auto}]
@@ -59,13 +59,13 @@ def mesh_of(leaves: Iterable[Any]) -> Any:
     return next(concrete, meshes[0])
 
 
-def _mesh(leaf: Any) -> Any:
+def sharding_of(leaf: Any) -> NamedSharding | None:
+    """Return the sharding on a mesh that a leaf has, or a traced one in its type."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
-        return None
-    return sharding.mesh
+    known = isinstance(sharding, NamedSharding) and not sharding.mesh.empty
+    return sharding if known else None
 
 
 def divide(leaves: list[tuple[Any, Any]], sizes: dict[str, int]) -> list[Division]:

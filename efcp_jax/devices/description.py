@@ -11,11 +11,16 @@ import dataclasses
 import math
 from typing import Any
 
+import chex
 import jax
-from jax.sharding import PartitionSpec
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+import numpy as np
+import optax
 
-from efcp_jax.devices.placement import Placement, axes_of
+from efcp_jax.devices.placement import Placement, axes_of, find
 from efcp_jax.devices.spread import run
+from efcp_jax.devices.trees import strip_boxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,3 +98,107 @@ def global_arrays(local: Any, specs: Any, placement: Placement | None) -> Any:
 
 def _spec_leaves(specs: Any) -> list[PartitionSpec]:
     return jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
+    """Return the state with `Description`s and `ShapeDtypeStruct`s for leaves."""
+    found = []
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Description):
+            return leaf
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+
+    def init(tree):
+        with describing():
+            found.append(jax.tree.map(one, tx.init(tree)))
+
+    jax.eval_shape(init, params)
+    return found[0]
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: chex.ArrayTree, sharding: Any
+) -> Any:
+    """Return what `efcp_jax.sharding.state_shardings` does."""
+    described = describe(tx, params)
+    mesh, given = _param_shardings(params, sharding, described)
+    if mesh is None:
+        alone: Any = SingleDeviceSharding(_device_of(params))
+        given = [alone] * len(given)
+    else:
+        alone = NamedSharding(mesh, PartitionSpec())
+    divided = not all(each.is_fully_replicated for each in given)
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Description):
+            return alone
+        if leaf.placement is not None:
+            on = _concrete([mesh, leaf.placement.mesh])
+            each = [NamedSharding(on, spec) for spec in leaf.specs]
+            return jax.tree.structure(leaf.arrays).unflatten(each)
+        if divided:
+            raise ValueError(
+                "Parameters are divided among devices in a way that a traced step"
+                " cannot see. Pass `sharding` to the transformation, or make the"
+                " mesh with Explicit axes."
+            )
+        return jax.tree.map(lambda _: alone, leaf.arrays)
+
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    with describing():
+        return optax.tree.map_params(
+            tx,
+            lambda leaf, at: leaf if is_masked(leaf) else at,
+            described,
+            jax.tree.structure(params).unflatten(given),
+            transform_non_params=own,
+            is_leaf=is_masked,
+        )
+
+
+def _param_shardings(
+    params: chex.ArrayTree, sharding: Any, described: Any
+) -> tuple[Any, list[Any]]:
+    """Return the mesh, None on one device, and one sharding a parameter."""
+    held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    meshes = [each.mesh for each in held if isinstance(each, NamedSharding)]
+    placed = None
+    if sharding is not None:
+        placed = find(strip_boxes(params), sharding)
+    else:
+        inside = jax.tree.structure(strip_boxes(params))
+        for each in jax.tree.leaves(described):
+            # A transformation of all parameters knows, even where arrays do not.
+            at = each.placement if isinstance(each, Description) else None
+            told = at is not None and at.shapes is None
+            if told and each.space.layout.treedef == inside:
+                placed = at
+                break
+    if placed is not None:
+        mesh = _concrete([placed.mesh, *meshes])
+        return mesh, [NamedSharding(mesh, spec) for spec in placed.specs]
+    mesh = _concrete(meshes)
+    named = lambda each: isinstance(each, NamedSharding)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return mesh, [each if named(each) else everywhere for each in held]
+
+
+def _concrete(meshes: list[Any]) -> Any:
+    """Return a mesh of devices if there is one among `meshes` or around, else any."""
+    meshes = [mesh for mesh in meshes if mesh is not None]
+    if not meshes:
+        return None
+    alike = lambda mesh: dict(mesh.shape) == dict(meshes[0].shape)
+    for mesh in filter(alike, [*meshes, jax.sharding.get_mesh()]):
+        if isinstance(mesh, jax.sharding.Mesh):
+            return mesh
+    return meshes[0]
+
+
+def _device_of(params: chex.ArrayTree) -> Any:
+    """Return the first device that holds parameters, or the first there is."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            return min(leaf.devices(), key=lambda device: device.id)
+    return jax.local_devices()[0]

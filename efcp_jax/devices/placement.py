@@ -5,7 +5,6 @@ traced function cannot see them: they are given, in JAX's own types, or the step
 a division of its own.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import chex
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from efcp_jax.devices import auto
-from efcp_jax.devices.boxes import is_variable
 from efcp_jax.devices.layout import Layout, Leaf
-from efcp_jax.devices.prefixes import broadcast, leaf_name, names_of
+from efcp_jax.devices.trees import broadcast, is_variable, leaf_name, names_of
 
 
 class Placement(NamedTuple):
@@ -125,31 +123,24 @@ def _broadcast(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
     """Return the sharding in the type of `leaf`, with a concrete mesh if it has one."""
-    is_array = isinstance(leaf, jax.Array)
-    sharding = jax.typeof(leaf).sharding if is_array else getattr(leaf, "sharding", 0)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+    sharding = auto.sharding_of(leaf)
+    if sharding is None:
         return None
     kinds = set(sharding.mesh.axis_types)
-    if kinds == {AxisType.Auto, AxisType.Explicit} and any(sharding.spec):
+    told = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else sharding
+    if kinds == {AxisType.Auto, AxisType.Explicit} and any(told.spec):
         raise ValueError(
             "Parameters live on a mesh with both Auto and Explicit axes, whose types"
             " tell only a part of their sharding. Pass the whole as `sharding`."
         )
-    if kinds != {AxisType.Explicit}:
-        return None
-    # Outside of jit there may be no ambient mesh, but a concrete array knows its own.
-    held = getattr(leaf, "sharding", None) if _is_concrete(leaf) else None
-    return held if isinstance(held, NamedSharding) else sharding
-
-
-def _is_concrete(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    return sharding if kinds == {AxisType.Explicit} else None
 
 
 def beside(state: Any, params: chex.ArrayTree) -> Any:
     """Return `state` on the one device that `params` are committed to, if they are."""
     leaves = jax.tree.leaves(params)
-    if not leaves or not all(_is_concrete(leaf) and leaf.committed for leaf in leaves):
+    is_held = lambda x: isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    if not leaves or not all(is_held(leaf) and leaf.committed for leaf in leaves):
         return state
     devices = set().union(*(leaf.devices() for leaf in leaves))
     return jax.device_put(state, *devices) if len(devices) == 1 else state
@@ -170,45 +161,31 @@ def layout(
         return Layout(treedef, tuple(leaves), jnp.dtype(dtype))
     sizes = dict(placement.mesh.shape)
     shapes = placement.shapes or tuple(shape for shape, _ in avals)
-    local = tuple(
-        _local(leaf_name(path), Leaf(shape, kind, (), whole), spec, sizes)
-        for (path, _), (whole, kind), shape, spec in zip(
-            paths, avals, shapes, placement.specs, strict=True
-        )
-    )
+    local = []
+    for (path, _), (whole, kind), shape, spec in zip(
+        paths, avals, shapes, placement.specs, strict=True
+    ):
+        held = _shard_shape(leaf_name(path), shape, placement.mesh, spec)
+        names = [axes_of(entry) for entry in spec] + [()] * (len(shape) - len(spec))
+        local.append(Leaf(held, kind, tuple(names), whole))
     used = {axis for leaf in local for axis in leaf.axes}
     split = tuple(axis for axis in sizes if axis not in used and sizes[axis] > 1)
     chosen = placement.shapes is not None
     mesh = tuple(sizes.items())
-    return Layout(treedef, local, jnp.dtype(dtype), mesh, split, chosen)
+    return Layout(treedef, tuple(local), jnp.dtype(dtype), mesh, split, chosen)
 
 
-def _local(name: str, leaf: Leaf, spec: PartitionSpec, sizes: dict[str, int]) -> Leaf:
-    """Return a device's part of `leaf`, of the shape that is divided by `spec`."""
-    shape = leaf.shape
-
-    def fail(reason: str):
-        axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        return ValueError(
+def _shard_shape(name: str, shape: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """Return the shape of a device's part of a leaf, or raise, naming the leaf."""
+    try:
+        if len(spec) > len(shape):
+            raise ValueError("It has more entries than the array has axes.")
+        return NamedSharding(mesh, spec).shard_shape(shape)
+    except Exception as error:  # JAX raises several kinds of them
+        raise ValueError(
             f"The sharding {spec} does not fit {name} of shape {shape} on the mesh"
-            f" ({axes}): {reason}."
-        )
-
-    if len(spec) > len(shape):
-        raise fail("it has more entries than the array has axes")
-    names = [axes_of(entry) for entry in spec] + [()] * (len(shape) - len(spec))
-    flat = [axis for axes in names for axis in axes]
-    for axis in flat:
-        if axis not in sizes:
-            raise fail(f"the mesh has no axis {axis!r}")
-    if len(set(flat)) < len(flat):
-        raise fail("a mesh axis appears twice")
-    ways = [math.prod(sizes[axis] for axis in axes) for axes in names]
-    for size, way in zip(shape, ways, strict=True):
-        if size % way:
-            raise fail(f"{size} does not divide into {way} equal parts")
-    local = tuple(n // w for n, w in zip(shape, ways, strict=True))
-    return leaf._replace(shape=local, partition=tuple(names))
+            f" {dict(mesh.shape)}. {error}"
+        ) from error
 
 
 def axes_of(entry: Any) -> tuple[Any, ...]:

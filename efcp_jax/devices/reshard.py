@@ -62,12 +62,6 @@ def _fitted(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def _check(state: Any, source: Description, target: Description) -> None:
     """Raise unless the two states differ in their layout only."""
-    structures = [_structure(each) for each in (source, target)]
-    if structures[0] != structures[1]:
-        raise ValueError(
-            "`source` and `target` make states of different structure:"
-            f" {structures[0]} and {structures[1]}."
-        )
     pairs = zip(jax.tree.leaves(source.arrays), jax.tree.leaves(state), strict=True)
     for made, received in pairs:
         if made.shape != np.shape(received):
@@ -75,14 +69,18 @@ def _check(state: Any, source: Description, target: Description) -> None:
                 f"`state` was not made for `source`: it has an array of shape"
                 f" {np.shape(received)} where `source` makes {made.shape}."
             )
-    shapes = [
-        [leaf.whole for leaf in each.space.layout.leaves] for each in (source, target)
-    ]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"`source` and `target` have parameters of different shapes: {shapes[0]}"
-            f" and {shapes[1]}."
-        )
+    for what, of in (
+        ("states of different structure", _structure),
+        ("parameters of different shapes", _shapes),
+    ):
+        if of(source) != of(target):
+            raise ValueError(
+                f"`source` and `target` have {what}: {of(source)} and {of(target)}."
+            )
+
+
+def _shapes(description: Description) -> Any:
+    return [leaf.whole for leaf in description.space.layout.leaves]
 
 
 def _structure(description: Description) -> Any:

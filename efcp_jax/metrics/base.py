@@ -16,24 +16,13 @@ from efcp_jax.devices.layout import Layout
 from efcp_jax.metrics.moments import MetricState
 
 
-class Root(NamedTuple):
-    """What the inverse root of the diagonal of one leaf is computed from.
-
-    Attributes:
-        make: From arrays to $D^{-1/2}$, of a shape that broadcasts to the leaf's.
-        arrays: Which of the arrays of `Measured`.
-    """
-
-    make: Callable[[Any], jax.Array]
-    arrays: int
-
-
 class Measured(NamedTuple):
     r"""What a metric says of one gradient.
 
     Attributes:
         layout: The leaves of the tree on this device.
-        roots: One for every leaf, in order.
+        roots: From `arrays` to $D^{-1/2}$ of every leaf, in order, each of a shape that
+            broadcasts to the leaf's.
         arrays: What the roots are made from: small, or kept anyway.
         finite: Whether all entries of the gradient on this device are finite.
         moments: What the metric has learned, or None.
@@ -42,11 +31,11 @@ class Measured(NamedTuple):
     """
 
     layout: Layout
-    roots: list[Root]
-    arrays: list[Any]
+    roots: Callable[[Any], list[jax.Array]]
+    arrays: Any
     finite: jax.Array
-    moments: Any
-    share: jax.Array | None
+    moments: Any = None
+    share: jax.Array | None = None
 
     def behind(self, value: Any) -> tuple["Measured", Any]:
         """Return the metric as what is known behind `value`, and `value`.
@@ -63,10 +52,8 @@ class Measured(NamedTuple):
 
     def scaled(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         r"""Return $D^{-1/2}$ times the leaves of `tree`, in the working dtype."""
-        leaves = zip(self.layout.wide(tree), self.roots, strict=True)
-        return self.layout.treedef.unflatten(
-            leaf * root.make(self.arrays[root.arrays]) for leaf, root in leaves
-        )
+        pairs = zip(self.layout.wide(tree), self.roots(self.arrays), strict=True)
+        return self.layout.treedef.unflatten(leaf * root for leaf, root in pairs)
 
 
 @runtime_checkable
@@ -97,9 +84,6 @@ class Metric(Protocol):
             state: What is known from the gradients before it.
             seen: How many those are.
             guarded: Whether to learn nothing from it if it is not finite.
-
-        Returns:
-            The metric.
         """
         ...
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -15,13 +15,16 @@ import numpy as np
 from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import together
-from efcp_jax.metrics import moments
-from efcp_jax.metrics.base import Measured, Root
-from efcp_jax.metrics.moments import MetricState, Observed
-
-
-# Entries of a leaf that is not worth copying to be beside others.
-_LARGE = 65_536
+from efcp_jax.metrics.base import Measured
+from efcp_jax.metrics.moments import (
+    MetricState,
+    Observed,
+    groups_of,
+    in_order,
+    observe,
+    of_axes,
+    sums_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +45,14 @@ class DiagonalMetric:
 
     def init(self, layout: Layout) -> MetricState:
         """Return moments of zero."""
-        dtype = self.dtype or layout.dtype
-        kept = [moments.zeros(leaf, self.factored, dtype) for leaf in layout.leaves]
-        return MetricState(jnp.zeros((), layout.dtype), layout.treedef.unflatten(kept))
+        make = functools.partial(jnp.zeros, dtype=self.dtype or layout.dtype)
+        each = (of_axes(x, self.factored, x.shape, make) for x in layout.leaves)
+        return MetricState(jnp.zeros((), layout.dtype), layout.treedef.unflatten(each))
 
     def specs(self, layout: Layout) -> MetricState:
         """Return that moments are divided as the leaves are."""
-        each = [moments.specs(leaf, self.factored) for leaf in layout.leaves]
+        make = lambda axes: PartitionSpec(*(names or None for names in axes))
+        each = (of_axes(x, self.factored, x.partition, make) for x in layout.leaves)
         mean: jax.Array = PartitionSpec()  # pyright: ignore[reportAssignmentType]
         return MetricState(mean, layout.treedef.unflatten(each))
 
@@ -61,97 +65,57 @@ class DiagonalMetric:
         guarded: bool,
     ) -> Measured:
         """Return the metric of the moments up to this gradient; see `Metric`."""
-        dtype = layout.dtype
+        values, old = layout.wide(tree), layout.treedef.flatten_up_to(state.moments)
+        groups = groups_of(layout, self.factored)
+        sums = [sums_of(group, group.of(values)) for group in groups]
+        finite = passes.all_finite(jax.tree.leaves(sums))
         # The mean of all gradients so far at first, later one that forgets.
-        count = seen.astype(dtype) + 1
+        count = seen.astype(layout.dtype) + 1
         log = math.log(self.decay) if self.decay > 0 else -math.inf
         weight = (1 - self.decay) / -jnp.expm1(count * log)
-        old = layout.treedef.flatten_up_to(state.moments)
-        values, groups = layout.wide(tree), _groups(layout, self.factored)
-        sums = [
-            moments.sums(
-                layout.leaves[group[0]], self.factored, [values[i] for i in group]
-            )
-            for group in groups
-        ]
-        finite = passes.all_finite(jax.tree.leaves(sums))
         weight = jnp.where(finite, weight, 0) if guarded else weight
+        weight = weight.astype(layout.dtype)
         observed: list[Observed] = together(
-            moments.observe(
-                layout.leaves[group[0]],
-                layout,
-                each,
-                [old[i] for i in group],
-                weight.astype(dtype),
-            )
-            for group, each in zip(groups, sums, strict=True)
+            observe(group, layout, new, group.of(old), weight)
+            for group, new in zip(groups, sums, strict=True)
         )
-        new: dict[int, Any] = {}
-        roots: dict[int, Root] = {}
-        for number, (group, each) in enumerate(zip(groups, observed, strict=True)):
-            for place, index in enumerate(group):
-                new[index] = each.moments[place]
-                at = place if len(group) > 1 else ...
-                full = functools.partial(_full, at)
-                outer = functools.partial(_outer, place)
-                roots[index] = Root(full if each.cols is None else outer, number)
-        scale, order = _Scale.of(state.mean, self.floor), range(len(values))
+        scale = _scale(state.mean, self.floor)
         shares = (each.total for each in observed)
+        kept = in_order(groups, (each.moments for each in observed))
         return Measured(
             layout=layout,
-            roots=[roots[i] for i in order],
-            arrays=[scale.arrays(each) for each in observed],
+            roots=lambda made_of: in_order(groups, map(_inverse_roots, made_of)),
+            arrays=[(each.made_of, *scale) for each in observed],
             finite=finite,
-            moments=layout.treedef.unflatten([new[i] for i in order]),
-            share=functools.reduce(jnp.add, shares, jnp.zeros((), dtype)),
+            moments=layout.treedef.unflatten(kept),
+            share=functools.reduce(jnp.add, shares, jnp.zeros((), layout.dtype)),
         )
 
 
-class _Scale(NamedTuple):
-    """What makes a diagonal of roots of moments: times `inverse`, plus `shift`."""
-
-    inverse: jax.Array
-    shift: jax.Array
-
-    @classmethod
-    def of(cls, mean: jax.Array, floor: float) -> "_Scale":
-        tiny = jnp.finfo(mean.dtype).tiny
-        known = mean >= tiny
-        inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(mean, tiny)), 0)
-        # Flat while nothing is known.
-        return cls(inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor)
-
-    def arrays(self, observed: Observed) -> Any:
-        """Return what the roots of equal leaves are made from."""
-        if observed.cols is None:
-            return observed.rows, self
-        cols = _near(jnp.sqrt(observed.cols) * self.inverse)
-        return jnp.sqrt(observed.rows), cols, self.shift
+def _scale(mean: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
+    """Return what a root of a moment is multiplied by, and what is added to it."""
+    tiny = jnp.finfo(mean.dtype).tiny
+    known = mean >= tiny
+    inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(mean, tiny)), 0)
+    # Flat while nothing is known.
+    return inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor
 
 
-def _groups(layout: Layout, factored: bool) -> list[list[int]]:
-    """Return the leaves in groups of equal ones, but for large ones not factored."""
-    groups: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(layout.leaves):
-        alone = leaf.size > _LARGE and not moments.factors(leaf, factored)
-        groups.setdefault(index if alone else leaf, []).append(index)
-    return list(groups.values())
-
-
-def _full(place: Any, held: Any) -> jax.Array:
-    """Return the inverse root of the diagonal of a leaf that is not factored."""
-    squares, scale = held
-    dtype = scale.shift.dtype
-    root = jnp.sqrt(squares[place].astype(dtype)) * scale.inverse
-    return lax.rsqrt(_near(root) + scale.shift)
-
-
-def _outer(place: int, held: Any) -> jax.Array:
-    """Return the inverse root of the diagonal of a factored leaf."""
-    rows, cols, shift = held
-    row = rows[place]
-    col = cols[place].reshape((1,) * row.ndim + (-1,))
-    return lax.rsqrt(row[..., None] * col + shift)
+def _inverse_roots(held: tuple[Any, jax.Array, jax.Array]) -> list[jax.Array]:
+    """Return $D^{-1/2}$ of the leaves of a group."""
+    made_of, inverse, shift = held
+    if isinstance(made_of, tuple):
+        rows, cols = map(jnp.unstack, made_of)
+        near = (_near(col * inverse) for col in cols)
+        axes = range(rows[0].ndim)
+        diagonals = [
+            row[..., None] * jnp.expand_dims(col, axes)
+            for row, col in zip(rows, near, strict=True)
+        ]
+    else:
+        roots = [jnp.sqrt(each.astype(shift.dtype)) for each in made_of]
+        diagonals = [_near(root * inverse) for root in roots]
+    return [lax.rsqrt(diagonal + shift) for diagonal in diagonals]
 
 
 def _near(x: jax.Array) -> jax.Array:

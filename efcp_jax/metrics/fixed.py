@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.prefixes import Prefix, broadcast, names_of
-from efcp_jax.metrics.base import Measured, Root
+from efcp_jax.devices.trees import Prefix, broadcast, names_of
+from efcp_jax.metrics.base import Measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,9 @@ class FixedMetric:
 
     def init(self, layout: Layout) -> None:
         """Return nothing: there is nothing to learn."""
-        del layout
 
     def specs(self, layout: Layout) -> None:
         """Return nothing."""
-        del layout
 
     def measure(
         self,
@@ -41,7 +39,6 @@ class FixedMetric:
         guarded: bool,
     ) -> Measured:
         """Return the numbers given for the leaves; see `Metric`."""
-        del state, seen, guarded
         given = broadcast(
             self.diagonal,
             tree,
@@ -50,15 +47,9 @@ class FixedMetric:
                 " number; 1.0 leaves it as it is."
             ),
         )
-        arrays = [jnp.asarray(1 / math.sqrt(each), layout.dtype) for each in given]
-        return Measured(
-            layout=layout,
-            roots=[Root(lambda held: held, index) for index in range(len(given))],
-            arrays=arrays,
-            finite=passes.all_finite(layout.wide(tree)),
-            moments=None,
-            share=None,
-        )
+        roots = [jnp.asarray(1 / math.sqrt(each), layout.dtype) for each in given]
+        finite = passes.all_finite(layout.wide(tree))
+        return Measured(layout, lambda held: held, roots, finite)
 
 
 def fixed_metric(diagonal: Any) -> FixedMetric:

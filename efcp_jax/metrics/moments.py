@@ -6,6 +6,7 @@ means $r_i$ over its rows and $c_j$ over its columns, which is exact where $v$ h
 one.
 """
 
+from collections.abc import Callable, Iterable
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from efcp_jax.devices.layout import Layout, Leaf
 from efcp_jax.devices.routines import Routine
 from efcp_jax.numerics import cast
+
+
+# Entries of a leaf that is not worth copying to be beside others.
+_LARGE = 65_536
 
 
 class Factored(NamedTuple):
@@ -50,100 +54,114 @@ def factors(leaf: Leaf, factored: bool) -> bool:
     """Return whether the moments of `leaf` are factored: if that makes them smaller."""
     if not factored or len(leaf.whole) < 2:
         return False
-    rows, cols = math.prod(leaf.whole[:-1]), leaf.whole[-1]
+    rows, cols = _sides(leaf)
     return rows + cols < rows * cols
 
 
-def zeros(leaf: Leaf, factored: bool, dtype: Any) -> Any:
-    """Return the moments of `leaf` before the first gradient."""
+def _sides(leaf: Leaf) -> tuple[int, int]:
+    """Return rows and columns of the whole leaf; padding adds nothing to a sum."""
+    return math.prod(leaf.whole[:-1]), leaf.whole[-1]
+
+
+def of_axes(
+    leaf: Leaf, factored: bool, axes: tuple[Any, ...], make: Callable[[Any], Any]
+) -> Any:
+    """Return the moments of `leaf`, where `make` makes an array of some axes."""
     if factors(leaf, factored):
-        shapes = leaf.shape[:-1], leaf.shape[-1:]
-        return Factored(*(jnp.zeros(shape, dtype) for shape in shapes))
-    return jnp.zeros(leaf.shape, dtype)
+        return Factored(make(axes[:-1]), make(axes[-1:]))
+    return make(axes)
 
 
-def specs(leaf: Leaf, factored: bool) -> Any:
-    """Return how the moments of `leaf` are divided among devices: as the leaf is."""
-    spec: Any = PartitionSpec(*(names or None for names in leaf.partition))
-    if factors(leaf, factored):
-        *above, last = spec
-        rows: Any = PartitionSpec(*above)
-        cols: Any = PartitionSpec(last)
-        return Factored(rows, cols)
-    return spec
-
-
-class Sums(NamedTuple):
-    """What a gradient adds to the moments of equal leaves; NaN if it is not finite.
+class Group(NamedTuple):
+    """Leaves that are alike: what is done with them is done at once, in fewer kernels.
 
     Attributes:
-        rows: This device's share of the means of squares over the last axis,
-            `(g, ...)`; the gradients themselves of leaves that are not factored, in
-            their shape if there is one of them.
-        cols: Its share of those over all other axes, `(g, n)`; None for leaves that are
-            not factored.
+        leaf: Any of them.
+        indices: Which they are.
+        factored: Whether their moments are.
     """
 
-    rows: jax.Array
-    cols: jax.Array | None
+    leaf: Leaf
+    indices: list[int]
+    factored: bool
+
+    def of(self, values: list[Any]) -> list[Any]:
+        """Return the values of these leaves."""
+        return [values[i] for i in self.indices]
+
+
+def groups_of(layout: Layout, factored: bool) -> list[Group]:
+    """Return the leaves in groups of equal ones, but for large ones not factored."""
+    groups: dict[Any, Group] = {}
+    for index, leaf in enumerate(layout.leaves):
+        is_factored = factors(leaf, factored)
+        alone = leaf.size > _LARGE and not is_factored
+        key = index if alone else leaf
+        groups.setdefault(key, Group(leaf, [], is_factored)).indices.append(index)
+    return list(groups.values())
+
+
+def in_order(groups: list[Group], values: Iterable[list[Any]]) -> list[Any]:
+    """Return what each group has for its leaves, in the order of all leaves."""
+    found: dict[int, Any] = {}
+    for group, each in zip(groups, values, strict=True):
+        found |= zip(group.indices, each, strict=True)
+    return [found[index] for index in range(len(found))]
+
+
+def sums_of(group: Group, values: list[jax.Array]) -> list[jax.Array]:
+    """Return what these gradients add to the moments; NaN if it is not finite.
+
+    This device's share of the means of squares over the last axis, `(g, ...)`, and over
+    all others, `(g, n)`. Of leaves not factored the gradients: what is alone may be as
+    large as the model, and is left in its shape.
+    """
+    if not group.factored:
+        return [_stack(values)]
+    squares = [_squares(value) for value in values]
+    rows, cols = _sides(group.leaf)
+    above = tuple(range(len(group.leaf.shape) - 1))
+    return [
+        jnp.stack([jnp.sum(x * (1 / cols), axis=-1) for x in squares]),
+        jnp.stack([jnp.sum(x * (1 / rows), axis=above) for x in squares]),
+    ]
 
 
 class Observed(NamedTuple):
-    """The moments of equal leaves, and what is needed of them at once.
+    """The moments of a group, and what is needed of them at once.
 
     Attributes:
         moments: For each leaf an array or a `Factored`, as they are kept.
-        rows: Moments over the last axis next to their mean, `(g, ...)`; of leaves that
-            are not factored all moments, in the shape of the leaf if there is one.
-        cols: Moments over all other axes, `(g, n)`; None for leaves not factored.
+        made_of: Roots of their factors, rows next to their mean `(g, ...)` and columns
+            `(g, n)`, a tuple; of leaves not factored the moments, a list.
         total: This device's share of the sum of the moments of these leaves, where all
             devices together count each once, over the number of parameters.
     """
 
     moments: list[Any]
-    rows: jax.Array
-    cols: jax.Array | None
+    made_of: list[jax.Array] | tuple[jax.Array, jax.Array]
     total: jax.Array
 
 
-def sums(leaf: Leaf, factored: bool, values: list[jax.Array]) -> Sums:
-    """Return the sums of the gradients of leaves like `leaf`.
-
-    What is done with them is done for all leaves at once, for fewer kernels.
-    """
-    if not factors(leaf, factored):
-        # What is alone may be as large as the model: it is left in its shape.
-        return Sums(values[0] if len(values) == 1 else jnp.stack(values), None)
-    squares = [_squares(value) for value in values]
-    # Padding adds nothing, and is not counted.
-    rows, cols = math.prod(leaf.whole[:-1]), leaf.whole[-1]
-    above = tuple(range(len(leaf.shape) - 1))
-    return Sums(
-        jnp.stack([jnp.sum(x * (1 / cols), axis=-1) for x in squares]),
-        jnp.stack([jnp.sum(x * (1 / rows), axis=above) for x in squares]),
-    )
-
-
 def observe(
-    leaf: Leaf, layout: Layout, new: Sums, old: list[Any], weight: jax.Array
+    group: Group, layout: Layout, new: list[jax.Array], old: list[Any], weight: Any
 ) -> Routine:
-    """Return what is `Observed` of the sums of leaves like `leaf`."""
+    """Return what is `Observed` of the sums of a group, all devices together."""
+    leaf = group.leaf
     # At least one, so that a tree whose arrays are all empty is a tree.
-    all_entries = max(1, sum(math.prod(each.whole) for each in layout.leaves))
-    devices = layout.ways(layout.axes)
-    by_row, by_col = new
-    if by_col is None:
-        before = old[0] if len(old) == 1 else jnp.stack(old)
-        moved = _towards(before, _squares(by_row), weight)
-        copies = devices // layout.ways(leaf.axes)
-        total = jnp.sum(moved.astype(layout.dtype) * (1 / (all_entries * copies)))
+    entries = max(1, sum(math.prod(each.whole) for each in layout.leaves))
+    if not group.factored:
+        moved = _towards(_stack(old), _squares(new[0]), weight)
+        copies = layout.ways(layout.axes) // layout.ways(leaf.axes)
+        total = jnp.sum(moved.astype(layout.dtype) * (1 / (entries * copies)))
         each = [moved] if len(old) == 1 else list(jnp.unstack(moved))
-        return Observed(each, moved, None, total)
-    rows, cols = math.prod(leaf.whole[:-1]), leaf.whole[-1]
+        return Observed(each, each, total)
+    by_row, by_col = new
     if leaf.col_axes:
         by_row = yield lax.psum, by_row, leaf.col_axes
     new_rows = _towards(jnp.stack([each.rows for each in old]), by_row, weight)
     wide = new_rows.astype(layout.dtype)
+    rows, cols = _sides(leaf)
     over_rows = tuple(range(1, wide.ndim))
     mean = jnp.sum(wide * (1 / rows), axis=over_rows, keepdims=True)
     if leaf.row_axes:
@@ -151,12 +169,16 @@ def observe(
         both = yield lax.psum, both, leaf.row_axes
         by_col, mean = both[:, :-1], both[:, -1].reshape(mean.shape)
     new_cols = _towards(jnp.stack([each.cols for each in old]), by_col, weight)
+    row = wide / jnp.where(mean > 0, mean, 1)
     return Observed(
-        moments=list(map(Factored, jnp.unstack(new_rows), jnp.unstack(new_cols))),
-        rows=wide / jnp.where(mean > 0, mean, 1),
-        cols=new_cols.astype(layout.dtype),
-        total=jnp.sum(mean) * (rows * cols / (all_entries * devices)),
+        list(map(Factored, jnp.unstack(new_rows), jnp.unstack(new_cols))),
+        (jnp.sqrt(row), jnp.sqrt(new_cols.astype(layout.dtype))),
+        jnp.sum(mean) * (rows * cols / (entries * layout.ways(layout.axes))),
     )
+
+
+def _stack(values: list[jax.Array]) -> jax.Array:
+    return values[0] if len(values) == 1 else jnp.stack(values)
 
 
 def _squares(value: jax.Array) -> jax.Array:
@@ -182,7 +204,7 @@ def summary(state: MetricState) -> tuple[jax.Array, jax.Array]:
     The spread is the standard deviation of $\sqrt{v}$ over its root mean square,
     $\sqrt{1 - (\overline{\sqrt{v}})^2 / \bar v}$, in [0, 1); 0 before the first step.
     """
-    dtype, sums, count = state.mean.dtype, [jnp.zeros((2,), state.mean.dtype)], 0
+    dtype, totals, count = state.mean.dtype, [jnp.zeros((2,), state.mean.dtype)], 0
     known = jnp.where(state.mean > 0, state.mean, 1)
     is_factored = lambda node: isinstance(node, Factored)
     for kept in jax.tree.leaves(state.moments, is_leaf=is_factored):
@@ -192,9 +214,9 @@ def summary(state: MetricState) -> tuple[jax.Array, jax.Array]:
             roots *= jnp.mean(jnp.sqrt(parts[1]))
             roots /= jnp.sqrt(jnp.where(squares > 0, squares, 1))
         size = math.prod(part.size for part in parts)
-        sums.append(size * jnp.stack([squares, roots]))
+        totals.append(size * jnp.stack([squares, roots]))
         count += size
-    squares, roots = functools.reduce(jnp.add, sums) / float(max(count, 1))
+    squares, roots = functools.reduce(jnp.add, totals) / float(max(count, 1))
     share = roots**2 / jnp.where(squares > 0, squares, 1)
     spread = jnp.where(squares > 0, jnp.sqrt(jnp.maximum(1 - share, 0)), 0)
     return jnp.sqrt(state.mean), spread

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from efcp_jax import quantized
 from efcp_jax.metrics.moments import summary
 from efcp_jax.numerics import widest
-from efcp_jax.reports.find import own_states
+from efcp_jax.reports.compare import length
+from efcp_jax.reports.find import only_state
 from efcp_jax.transforms import ErrorFeedbackState
 
 
@@ -37,7 +38,6 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
           window, ascending, shape `(m,)`. It overflows for rows above 1e19.
         * `effective_rank`: $\exp$ of the entropy of the normalised spectrum, between 1
           and m; 0 for an empty window.
-
         * `gradient_rms`: root of the mean of the moments of a diagonal metric over all
           parameters, and `metric_spread`: standard deviation of $D$, in [0, 1). Near 0
           the metric is flat; near 1 few entries have most of the gradient.
@@ -61,17 +61,12 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         Roy and Vetterli, The effective rank: a measure of effective dimensionality,
         EUSIPCO 2007
     """
-    found = own_states(state)
-    if len(found) != 1:
-        raise ValueError(
-            "`state` must contain exactly one state of this package, got"
-            f" {len(found)}. Pass the part of the state that belongs to one"
-            " transformation."
-        )
-    inner = found[0]
+    inner = only_state(state)
     result: dict[str, Any] = {"count": inner.count, "skipped": inner.skipped}
     if inner.error is not None:
-        result["error_norm"] = _norm(quantized.load(inner.error))
+        error = quantized.load(inner.error)
+        dtype = widest(*(leaf.dtype for leaf in jax.tree.leaves(error)))
+        result["error_norm"] = length(error, dtype)
     if inner.metric is not None:
         mean, spread = summary(inner.metric)
         result |= {"gradient_rms": mean, "metric_spread": spread}
@@ -97,24 +92,12 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         scaled = window.scale[:, None] * gram * window.scale[None]
         return jnp.maximum(jnp.linalg.eigvalsh(scaled), 0)
 
-    def each(function: Any, arrays: Any, ndim: int) -> Any:
-        mapped = jax.vmap(function)
-        return jax.tree.map(
-            lambda x: function(x) if x.ndim == ndim else mapped(x), arrays
-        )
-
-    result["spectrum"] = each(spectrum, inner.gram, 2)
-    result["effective_rank"] = each(_effective_rank, result["spectrum"], 1)
+    # Of one Gram matrix, or of each in a group of them.
+    spectra = jnp.vectorize(spectrum, signature="(m,m)->(m)")
+    ranks = jnp.vectorize(_effective_rank, signature="(m)->()")
+    result["spectrum"] = jax.tree.map(spectra, inner.gram)
+    result["effective_rank"] = jax.tree.map(ranks, result["spectrum"])
     return result
-
-
-def _norm(tree: Any) -> jax.Array:
-    """Return the Euclidean norm, scaled so that no square overflows."""
-    leaves = [x.astype(widest(x.dtype)) for x in jax.tree.leaves(tree)]
-    peaks = [jnp.max(jnp.abs(x)) for x in leaves if x.size]
-    largest = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros(())
-    divisor = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(sum(jnp.sum((x / divisor) ** 2) for x in leaves))
 
 
 def _effective_rank(spectrum: jax.Array) -> jax.Array:

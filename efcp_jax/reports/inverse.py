@@ -1,18 +1,19 @@
 """Products with the inverse of a trained Fisher matrix, from the optimizer state."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import optax
 
 from efcp_jax import _validate, _validate_trees, window as windows
 from efcp_jax.compressors import Compressor, scoped
-from efcp_jax.preconditioners.ridge import ridge
+from efcp_jax.preconditioners.ridge import Ridge, ridge
 from efcp_jax.protocol import Step, transformation
-from efcp_jax.reports.find import own_states
+from efcp_jax.reports.find import only_state
 from efcp_jax.transforms import ScaleByMfacState
 from efcp_jax.window import Window
 
@@ -91,19 +92,12 @@ def inverse_fisher_product(
         larger.
         Call it under `jax.jit`, and under `jax.vmap` for several trees.
     """
-    found = own_states(state, (ScaleByMfacState,))
-    if len(found) != 1:
-        raise ValueError(
-            "`state` must contain exactly one state of `scale_by_mfac`, got"
-            f" {len(found)}. Pass the part of the state that belongs to one."
-        )
+    own = only_state(state, (ScaleByMfacState,), "scale_by_mfac")
     if not isinstance(compressor, Compressor):
         raise TypeError(
             "`compressor` must be the compressor that `state` was made with, got"
             f" {compressor!r}. Pass for example `efcp_jax.identity()`."
         )
-    block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
-    compressor = scoped(compressor, block_diagonal)
     if callable(damping):
         raise TypeError(
             f"`damping` must be a number, got {damping!r}. Pass the schedule's value."
@@ -111,101 +105,117 @@ def inverse_fisher_product(
     damping = _validate.number("damping", damping)
     divisor = _validate.choice("divisor", divisor, ("window_size", "filled"))
     _validate_trees.floating_leaves(tree, "tree")
-    own: Any = found[0]
     if own.metric is not None:
         raise ValueError(
-            "The window of `state` is in a metric that changes from step to step, so"
-            " its Fisher matrix is not that of the parameters. Train with"
-            " `metric=None`."
+            "The window of `state` is in a metric that changes step by step, so its"
+            " Fisher matrix is not that of the parameters. Train with `metric=None`."
         )
-    size = own.window.scale.shape[0]
+    block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
+    compressor = scoped(compressor, block_diagonal)
+    solver = _solver(compressor, own, divisor, damping, sharding)
+    held: Any = _Held(own.window, own.gram)
+    return solver.update(tree, held)[0]
+
+
+class _Held(NamedTuple):
+    """What is needed of a state of M-FAC."""
+
+    window: Window
+    gram: Any
+    error: None = None
+
+
+def _solver(
+    compressor: Any, state: Any, divisor: str, damping: Any, sharding: Any
+) -> optax.GradientTransformation:
+    """Return the product as the step of a transformation, which knows many devices."""
+    size = len(state.window.scale)
 
     def init(space):
         dtype = space.layout.dtype
         gram = space.grams(jnp.zeros((size, size), dtype))
-        return _only(own, windows.empty(space, size, dtype), gram)
+        return _Held(windows.empty(space, size, dtype), gram)
 
     def specs(space):
         one: Any = PartitionSpec()
         window = Window(rows=space.specs()[1], scale=one, slot=one, filled=one)
-        return _only(own, window, space.grams(one))
+        return _Held(window, space.grams(one))
 
     def step(space, updates, held, values):
-        window = held.window
-        rows = window.filled if divisor == "filled" else size
-        product = _product(space, updates, held, values["damping"], rows)
+        rows = held.window.filled if divisor == "filled" else size
+        fisher = _Fisher.of(space, held, values["damping"], rows)
+        product = _refined(fisher, space.pack(updates))
         return space.layout.cast(space.unpack(product)), held
 
     product = Step(compressor, init, specs, step)
-    solver = transformation(product, {"damping": damping}, sharding)
-    return solver.update(tree, _only(own, own.window, own.gram))[0]
+    return transformation(product, {"damping": damping}, sharding)
 
 
-def _only(state: Any, window: Any, gram: Any) -> Any:
-    """Return a state of the window and its Gram matrix alone."""
-    nothing = dict.fromkeys(state._fields)
-    return state._replace(**{**nothing, "window": window, "gram": gram})
+class _Fisher(NamedTuple):
+    r"""$A = \lambda I + G^T G / n$, and what solves $n \lambda I + K$ of its parts."""
 
+    space: Any
+    window: Window
+    damping: jax.Array
+    shift: jax.Array  # $n \lambda$
+    systems: Any
 
-def _product(space: Any, tree: Any, state: Any, damping: Any, rows: Any) -> Any:
-    """Return this device's part of the product with the inverse, a vector."""
-    window, dtype = state.window, space.layout.dtype
-    damping = jnp.asarray(damping, dtype)
-    shift = damping * jnp.maximum(jnp.asarray(rows, dtype), 1)
-    of_each = lambda function, *trees: space.each_gram(function)(state.gram, *trees)
-    systems = of_each(lambda gram: ridge(gram, window.scale, shift))
-    over = lambda function, *grams: of_each(
-        lambda _, *args: function(*args), systems, *grams
-    )
-    vector = space.pack(tree)
+    @classmethod
+    def of(cls, space: Any, state: Any, damping: Any, rows: Any) -> "_Fisher":
+        window, dtype = state.window, space.layout.dtype
+        damping = jnp.asarray(damping, dtype)
+        shift = damping * jnp.maximum(jnp.asarray(rows, dtype), 1)
+        factorise = space.each_gram(lambda gram: ridge(gram, window.scale, shift))
+        return cls(space, window, damping, shift, factorise(state.gram))
 
-    def left_over(vector: Any, solution: Any) -> Any:
+    def products(self, vector: Any) -> Any:
+        """Return $G x$, of the rows as they are stored."""
+        return self.space.layout.sum(self.space.dot(self.window.rows, vector))
+
+    def less_rows(self, vector: Any, weights: Any) -> Any:
         """Return $x - G^T w$."""
-        weights = over(lambda system, v: system.weights * v, solution)
-        combined = space.combine(window.rows, weights)
+        combined = self.space.combine(self.window.rows, weights)
         return jax.tree.map(jnp.subtract, vector, combined)
 
-    def products(vector: Any) -> Any:
-        return space.layout.sum(space.dot(window.rows, vector))
-
-    def approximate(vector: Any) -> Any:
-        """Return the product by the formula."""
-        solution, rest = over(lambda system: jnp.zeros_like(system.shift)), vector
+    def solved(self, vector: Any) -> Any:
+        """Return the product with the inverse, by the formula."""
+        each, systems = self.space.each_gram, self.systems
+        # From the rows themselves: what rounding has made of K does not remain.
+        better = each(lambda b, system, v: v + system.solve(system.residual(b, v)))
+        weights = each(lambda v, system: system.weights * v)
+        is_system = lambda node: isinstance(node, Ridge)
+        nothing = lambda system: jnp.zeros_like(system.shift)
+        rest, solution = vector, jax.tree.map(nothing, systems, is_leaf=is_system)
         for _ in range(_SOLUTIONS):
-            # From the rows themselves: what rounding has made of K does not remain.
-            more = over(
-                lambda system, b, v: system.solve(system.residual(b, v)),
-                products(rest),
-                solution,
-            )
-            solution = jax.tree.map(jnp.add, solution, more)
-            rest = left_over(vector, solution)
-        return jax.tree.map(lambda leaf: leaf / damping, rest)
+            solution = better(self.products(rest), systems, solution)
+            rest = self.less_rows(vector, weights(solution, systems))
+        return jax.tree.map(lambda leaf: leaf / self.damping, rest)
 
-    def residual(product: Any) -> Any:
-        """Return x less the damped Fisher matrix times its product with the inverse."""
-        share = window.scale * (damping / shift)
-        weights = over(lambda _, b: window.scale * (share * b), products(product))
-        combined = space.combine(window.rows, weights)
-        return jax.tree.map(
-            lambda x, y, c: x - damping * y - c, vector, product, combined
-        )
+    def residual(self, vector: Any, product: Any) -> Any:
+        """Return x less the matrix times `product`."""
+        scale, share = self.window.scale, self.damping / self.shift
+        weights = self.space.each_gram(lambda b: scale * (scale * share * b))
+        rest = jax.tree.map(lambda x, y: x - self.damping * y, vector, product)
+        return self.less_rows(rest, weights(self.products(product)))
+
+    def size(self, vector: Any) -> jax.Array:
+        """Return the sum of all magnitudes, which hardly ever over- or underflows."""
+        sums = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(vector)]
+        return self.space.layout.sum(sum(sums, jnp.zeros_like(self.damping)))
+
+
+def _refined(fisher: _Fisher, vector: Any) -> Any:
+    """Return the product with the inverse, and with what each product leaves over."""
 
     def improve(_: jax.Array, best: tuple[Any, Any, jax.Array]) -> Any:
         product, rest, size = best
-        product = jax.tree.map(jnp.add, product, approximate(rest))
-        rest = residual(product)
-        new = product, rest, _size(space, rest)
+        product = jax.tree.map(jnp.add, product, fisher.solved(rest))
+        rest = fisher.residual(vector, product)
+        new = product, rest, fisher.size(rest)
         # True for NaN, which is to be seen.
         better = ~(new[2] >= size)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best)
 
-    nothing = jax.tree.map(jnp.zeros_like, vector)
-    start = nothing, vector, jnp.asarray(jnp.inf, dtype)
+    zeros = jax.tree.map(jnp.zeros_like, vector)
+    start = zeros, vector, jnp.full_like(fisher.damping, jnp.inf)
     return lax.fori_loop(0, _PRODUCTS, improve, start)[0]
-
-
-def _size(space: Any, vector: Any) -> jax.Array:
-    """Return the sum of all magnitudes, which neither over- nor underflows easily."""
-    sums = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(vector)]
-    return space.layout.sum(sum(sums, jnp.zeros((), space.layout.dtype)))

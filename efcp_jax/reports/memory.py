@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from efcp_jax.transforms import ScaleByGgtState, ScaleByMfacState
+from efcp_jax.reports.find import own_states
 
 
 class MemoryReport(NamedTuple):
@@ -89,6 +89,8 @@ def memory_report(
                 break
         name = ".".join(names) or jax.tree_util.keystr(path)
         fields[name] = fields.get(name, 0) + _bytes(leaf)
+    windows = [own.window for own in own_states(state) if hasattr(own, "window")]
+    adam = jax.eval_shape(optax.adam(1).init, params)
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     total = sum(fields.values())
     return MemoryReport(
@@ -96,19 +98,10 @@ def memory_report(
         total=total,
         parameters=count,
         per_parameter=total / max(count, 1),
-        dense_window=sum(4 * count * m for m in _window_sizes(state)),
-        adam=sum(
-            _bytes(x)
-            for x in jax.tree.leaves(jax.eval_shape(optax.adam(1).init, params))
-        ),
+        dense_window=sum(4 * count * len(each.scale) for each in windows),
+        adam=sum(map(_bytes, jax.tree.leaves(adam))),
     )
 
 
 def _bytes(leaf: Any) -> int:
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-
-
-def _window_sizes(state: Any) -> list[int]:
-    kinds = (ScaleByMfacState, ScaleByGgtState)
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    return [n.window.scale.shape[0] for n in nodes if isinstance(n, kinds)]

@@ -1,6 +1,5 @@
 """Figures of the last step, kept in the state of any optimizer."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +9,9 @@ import optax
 
 from efcp_jax import _validate
 from efcp_jax.protocol import working_dtype
-from efcp_jax.reports.alignment import alignment
+from efcp_jax.reports.compare import alignment, ratio_quartiles
 from efcp_jax.reports.diagnostics import diagnostics
 from efcp_jax.reports.find import own_states
-from efcp_jax.reports.quartiles import ratio_quartiles
 
 
 class MonitorState(NamedTuple):
@@ -104,18 +102,10 @@ def monitor(
 
     def init_fn(params):
         dtype = working_dtype(params)
-        zero = functools.partial(jnp.zeros, (), dtype)
-        return MonitorState(
-            monitored=jnp.zeros((), jnp.int32),
-            cosine=zero(),
-            angle=zero(),
-            gradient_norm=zero(),
-            update_norm=zero(),
-            ratio_quartiles=jnp.zeros(3, jnp.float32),
-            effective_rank=zero(),
-            error_ratio=zero(),
-            inner_state=inner.init(params),
-        )
+        figures = {name: jnp.zeros((), dtype) for name in MonitorState._fields[1:-1]}
+        figures["ratio_quartiles"] = jnp.zeros(3, jnp.float32)
+        count = jnp.zeros((), jnp.int32)
+        return MonitorState(count, **figures, inner_state=inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, inner_state = inner.update(

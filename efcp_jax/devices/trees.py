@@ -1,4 +1,4 @@
-"""Trees that say something of every leaf of another tree, or of whole branches."""
+"""Trees of parameters: names of leaves, what is said of branches, boxes of arrays."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -46,3 +46,29 @@ def leaf_name(path: Any) -> str:
 def names_of(path: Any) -> tuple[str, ...]:
     """Return the keys of a path as words, which all kinds of trees have in common."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def strip_boxes(tree: Any) -> Any:
+    """Return `tree` with boxes that libraries of layers put around arrays taken off.
+
+    State made by mapping over Flax's `nnx.Variable` or `nn.Partitioned` would inherit
+    the axis names of the parameter, on arrays that have other axes.
+    """
+
+    def strip(node: Any) -> Any:
+        if is_variable(node):
+            return node.get_value()
+        if is_box(node):
+            # Not `unbox`, which under a mesh is a sharding constraint as well.
+            (value,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+            return value
+        return node
+
+    is_box = lambda node: hasattr(node, "unbox") and hasattr(node, "replace_boxed")
+    is_leaf = lambda node: is_variable(node) or is_box(node)
+    return jax.tree.map(strip, tree, is_leaf=is_leaf)
+
+
+def is_variable(node: Any) -> bool:
+    """Return whether `node` is a variable of Flax's nnx, or one like it."""
+    return hasattr(node, "get_metadata") and hasattr(node, "get_value")
