@@ -163,18 +163,17 @@ def _param_shardings(
     """Return the mesh, None on one device, and one sharding a parameter."""
     held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     meshes = [each.mesh for each in held if isinstance(each, NamedSharding)]
-    placed = None
-    if sharding is not None:
-        placed = find(strip_boxes(params), sharding)
-    else:
-        inside = jax.tree.structure(strip_boxes(params))
-        for each in jax.tree.leaves(described):
-            # A transformation of all parameters knows, even where arrays do not.
-            at = each.placement if isinstance(each, Description) else None
-            told = at is not None and at.shapes is None
-            if told and each.space.layout.treedef == inside:
-                placed = at
-                break
+    plain = strip_boxes(params)
+
+    def knows(each: Any) -> bool:
+        """Return whether it is of all parameters, and was told where they are."""
+        at = each.placement if isinstance(each, Description) else None
+        if at is None or at.shapes is not None:
+            return False
+        return each.space.layout.treedef == jax.tree.structure(plain)
+
+    told = (each.placement for each in jax.tree.leaves(described) if knows(each))
+    placed = next(told, None) if sharding is None else find(plain, sharding)
     if placed is not None:
         mesh = _concrete([placed.mesh, *meshes])
         return mesh, [NamedSharding(mesh, spec) for spec in placed.specs]

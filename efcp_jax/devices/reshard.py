@@ -16,36 +16,23 @@ def convert(state: Any, source: Description, target: Description) -> Any:
         ValueError: They differ in more than the layout, or kept entries do not fit.
     """
     _check(state, source, target)
-    new = moved(state, source.space.mover(target.space), target.arrays)
-    if new.metric is None:
-        return new
-    fit = lambda array, like: _fitted(np.asarray(array), like.shape)
-    return new._replace(metric=jax.tree.map(fit, new.metric, target.arrays.metric))
+    mover, like = source.space.mover(target.space), target.arrays
 
-
-def moved(state: Any, mover: Any, like: Any) -> Any:
-    """Return `state` with every field that knows the layout moved by `mover`.
-
-    Args:
-        state: The state, arrays of NumPy.
-        mover: What moves each kind of field.
-        like: The state that is to be made, of which only shapes are read.
-    """
-
-    def error(error: Any) -> Any:
-        vector = mover.vector(quantized.load(jax.tree.map(np.asarray, error)))
+    def error(held: Any) -> Any:
+        vector = mover.vector(quantized.load(jax.tree.map(np.asarray, held)))
         return quantized.store_on_host(vector, like.error)
 
-    ways = {"error": error, "basis": mover.basis}
-    fields = {
-        name: None if getattr(state, name) is None else move(getattr(state, name))
-        for name, move in ways.items()
-    }
+    def metric(held: Any) -> Any:
+        fit = lambda array, like: _fitted(np.asarray(array), like.shape)
+        return jax.tree.map(fit, held, like.metric)
+
+    ways = {"error": error, "basis": mover.basis, "metric": metric}
+    ways |= {"gram": mover.grams, "factor": mover.grams}
+    held = {name: getattr(state, name, None) for name in ways}
+    fields = {n: ways[n](each) for n, each in held.items() if each is not None}
     if hasattr(state, "window"):
         rows = mover.rows(state.window.rows)
         fields["window"] = state.window._replace(rows=rows)
-        fields["gram"] = mover.grams(state.gram)
-        fields["factor"] = mover.grams(state.factor)
     return state._replace(**fields)
 
 

@@ -17,6 +17,7 @@ from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import together
 from efcp_jax.metrics.base import Measured
 from efcp_jax.metrics.moments import (
+    Group,
     MetricState,
     Observed,
     groups_of,
@@ -84,7 +85,7 @@ class DiagonalMetric:
         kept = in_order(groups, (each.moments for each in observed))
         return Measured(
             layout=layout,
-            roots=lambda made_of: in_order(groups, map(_inverse_roots, made_of)),
+            roots=lambda held: in_order(groups, map(_inverse_roots, groups, held)),
             arrays=[(each.made_of, *scale) for each in observed],
             finite=finite,
             moments=layout.treedef.unflatten(kept),
@@ -101,10 +102,10 @@ def _scale(mean: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
     return inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor
 
 
-def _inverse_roots(held: tuple[Any, jax.Array, jax.Array]) -> list[jax.Array]:
+def _inverse_roots(group: Group, held: Any) -> list[jax.Array]:
     """Return $D^{-1/2}$ of the leaves of a group."""
     made_of, inverse, shift = held
-    if isinstance(made_of, tuple):
+    if group.factored:
         rows, cols = map(jnp.unstack, made_of)
         near = (_near(col * inverse) for col in cols)
         axes = range(rows[0].ndim)
@@ -113,8 +114,8 @@ def _inverse_roots(held: tuple[Any, jax.Array, jax.Array]) -> list[jax.Array]:
             for row, col in zip(rows, near, strict=True)
         ]
     else:
-        roots = [jnp.sqrt(each.astype(shift.dtype)) for each in made_of]
-        diagonals = [_near(root * inverse) for root in roots]
+        wide = (x.astype(shift.dtype) for x in group.split(made_of))
+        diagonals = [_near(jnp.sqrt(x) * inverse) for x in wide]
     return [lax.rsqrt(diagonal + shift) for diagonal in diagonals]
 
 

@@ -7,7 +7,6 @@ one.
 """
 
 from collections.abc import Callable, Iterable
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -89,6 +88,17 @@ class Group(NamedTuple):
         """Return the values of these leaves."""
         return [values[i] for i in self.indices]
 
+    def stack(self, values: list[jax.Array]) -> jax.Array:
+        """Return `values`, one for each leaf, as one array; what is alone as it is.
+
+        That may be as large as the model, and keeps its shape.
+        """
+        return jnp.stack(values) if len(values) > 1 else values[0]
+
+    def split(self, array: jax.Array) -> list[jax.Array]:
+        """Undo `stack`."""
+        return list(jnp.unstack(array)) if len(self.indices) > 1 else [array]
+
 
 def groups_of(layout: Layout, factored: bool) -> list[Group]:
     """Return the leaves in groups of equal ones, but for large ones not factored."""
@@ -113,11 +123,10 @@ def sums_of(group: Group, values: list[jax.Array]) -> list[jax.Array]:
     """Return what these gradients add to the moments; NaN if it is not finite.
 
     This device's share of the means of squares over the last axis, `(g, ...)`, and over
-    all others, `(g, n)`. Of leaves not factored the gradients: what is alone may be as
-    large as the model, and is left in its shape.
+    all others, `(g, n)`. Of leaves not factored the squares, stacked.
     """
     if not group.factored:
-        return [_stack(values)]
+        return [_squares(group.stack(values))]
     squares = [_squares(value) for value in values]
     rows, cols = _sides(group.leaf)
     above = tuple(range(len(group.leaf.shape) - 1))
@@ -133,13 +142,13 @@ class Observed(NamedTuple):
     Attributes:
         moments: For each leaf an array or a `Factored`, as they are kept.
         made_of: Roots of their factors, rows next to their mean `(g, ...)` and columns
-            `(g, n)`, a tuple; of leaves not factored the moments, a list.
+            `(g, n)`; of leaves not factored the moments, stacked.
         total: This device's share of the sum of the moments of these leaves, where all
             devices together count each once, over the number of parameters.
     """
 
     moments: list[Any]
-    made_of: list[jax.Array] | tuple[jax.Array, jax.Array]
+    made_of: Any
     total: jax.Array
 
 
@@ -151,11 +160,10 @@ def observe(
     # At least one, so that a tree whose arrays are all empty is a tree.
     entries = max(1, sum(math.prod(each.whole) for each in layout.leaves))
     if not group.factored:
-        moved = _towards(_stack(old), _squares(new[0]), weight)
+        moved = _towards(group.stack(old), new[0], weight)
         copies = layout.ways(layout.axes) // layout.ways(leaf.axes)
         total = jnp.sum(moved.astype(layout.dtype) * (1 / (entries * copies)))
-        each = [moved] if len(old) == 1 else list(jnp.unstack(moved))
-        return Observed(each, each, total)
+        return Observed(group.split(moved), moved, total)
     by_row, by_col = new
     if leaf.col_axes:
         by_row = yield lax.psum, by_row, leaf.col_axes
@@ -177,10 +185,6 @@ def observe(
     )
 
 
-def _stack(values: list[jax.Array]) -> jax.Array:
-    return values[0] if len(values) == 1 else jnp.stack(values)
-
-
 def _squares(value: jax.Array) -> jax.Array:
     # They overflow for entries above 1e19, and vanish for those below 1e-19.
     limit = float(jnp.finfo(value.dtype).max) / 4
@@ -196,27 +200,3 @@ def _towards(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
     # What a gradient that is not accepted holds may be NaN.
     step = jnp.where(weight > 0, weight * (new - before), 0)
     return cast(before + step, old.dtype)
-
-
-def summary(state: MetricState) -> tuple[jax.Array, jax.Array]:
-    r"""Return the root mean square of the gradient, and the spread of the diagonal.
-
-    The spread is the standard deviation of $\sqrt{v}$ over its root mean square,
-    $\sqrt{1 - (\overline{\sqrt{v}})^2 / \bar v}$, in [0, 1); 0 before the first step.
-    """
-    dtype, totals, count = state.mean.dtype, [jnp.zeros((2,), state.mean.dtype)], 0
-    known = jnp.where(state.mean > 0, state.mean, 1)
-    is_factored = lambda node: isinstance(node, Factored)
-    for kept in jax.tree.leaves(state.moments, is_leaf=is_factored):
-        parts = [x.astype(dtype) / known for x in jax.tree.leaves(kept)]
-        squares, roots = jnp.mean(parts[0]), jnp.mean(jnp.sqrt(parts[0]))
-        if is_factored(kept):  # the mean of a product of factors is that of the means
-            roots *= jnp.mean(jnp.sqrt(parts[1]))
-            roots /= jnp.sqrt(jnp.where(squares > 0, squares, 1))
-        size = math.prod(part.size for part in parts)
-        totals.append(size * jnp.stack([squares, roots]))
-        count += size
-    squares, roots = functools.reduce(jnp.add, totals) / float(max(count, 1))
-    share = roots**2 / jnp.where(squares > 0, squares, 1)
-    spread = jnp.where(squares > 0, jnp.sqrt(jnp.maximum(1 - share, 0)), 0)
-    return jnp.sqrt(state.mean), spread

@@ -1,5 +1,7 @@
 """What goes on inside an optimizer, computed from its state on request."""
 
+import functools
+import math
 from typing import Any
 
 import chex
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax import quantized
-from efcp_jax.metrics.moments import summary
+from efcp_jax.metrics import Factored, MetricState
 from efcp_jax.numerics import widest
 from efcp_jax.reports.compare import length
 from efcp_jax.reports.find import only_state
@@ -68,7 +70,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
         dtype = widest(*(leaf.dtype for leaf in jax.tree.leaves(error)))
         result["error_norm"] = length(error, dtype)
     if inner.metric is not None:
-        mean, spread = summary(inner.metric)
+        mean, spread = _of_metric(inner.metric)
         result |= {"gradient_rms": mean, "metric_spread": spread}
     if isinstance(inner, ErrorFeedbackState):
         return result
@@ -98,6 +100,30 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     result["spectrum"] = jax.tree.map(spectra, inner.gram)
     result["effective_rank"] = jax.tree.map(ranks, result["spectrum"])
     return result
+
+
+def _of_metric(state: MetricState) -> tuple[jax.Array, jax.Array]:
+    r"""Return the root mean square of the gradient, and the spread of the diagonal.
+
+    The spread is the standard deviation of $\sqrt{v}$ over its root mean square,
+    $\sqrt{1 - (\overline{\sqrt{v}})^2 / \bar v}$, in [0, 1); 0 before the first step.
+    """
+    dtype, totals, count = state.mean.dtype, [jnp.zeros((2,), state.mean.dtype)], 0
+    known = jnp.where(state.mean > 0, state.mean, 1)
+    is_factored = lambda node: isinstance(node, Factored)
+    for kept in jax.tree.leaves(state.moments, is_leaf=is_factored):
+        parts = [x.astype(dtype) / known for x in jax.tree.leaves(kept)]
+        squares, roots = jnp.mean(parts[0]), jnp.mean(jnp.sqrt(parts[0]))
+        if is_factored(kept):  # the mean of a product of factors is that of the means
+            roots *= jnp.mean(jnp.sqrt(parts[1]))
+            roots /= jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        size = math.prod(part.size for part in parts)
+        totals.append(size * jnp.stack([squares, roots]))
+        count += size
+    squares, roots = functools.reduce(jnp.add, totals) / float(max(count, 1))
+    share = roots**2 / jnp.where(squares > 0, squares, 1)
+    spread = jnp.where(squares > 0, jnp.sqrt(jnp.maximum(1 - share, 0)), 0)
+    return jnp.sqrt(state.mean), spread
 
 
 def _effective_rank(spectrum: jax.Array) -> jax.Array:

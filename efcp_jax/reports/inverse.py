@@ -132,9 +132,8 @@ def _solver(
     size = len(state.window.scale)
 
     def init(space):
-        dtype = space.layout.dtype
-        gram = space.grams(jnp.zeros((size, size), dtype))
-        return _Held(windows.empty(space, size, dtype), gram)
+        gram = jnp.zeros((size, size), space.layout.dtype)
+        return _Held(windows.empty(space, size, gram.dtype), space.grams(gram))
 
     def specs(space):
         one: Any = PartitionSpec()
