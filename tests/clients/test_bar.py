@@ -1,4 +1,4 @@
-"""The bar that the clients have to clear is one that broken optimizers do not."""
+"""The bar that training with the clients has to clear is one that nothing else does."""
 
 import client_task
 import jax
@@ -19,13 +19,10 @@ def train(tx):
     return jax.jit(steps)()[1]
 
 
-def test_the_optimizers_alone_clear_it(name):
-    client_task.falls(train(client_task.make(name)))
-
-
 @pytest.mark.whole
 @pytest.mark.parametrize("factor", [0.0, -1.0])
-def test_without_updates_or_with_their_sign_reversed_nobody_does(factor):
+def test_without_updates_or_with_their_sign_reversed_it_is_not_cleared(factor):
     tx = optax.chain(client_task.make("ggt"), optax.scale(factor))
     with pytest.raises(AssertionError):
-        client_task.falls(train(tx))
+        client_task.falls(train(tx), share=1.0)
+    client_task.falls(train(client_task.make("ggt")))

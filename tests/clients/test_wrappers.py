@@ -72,10 +72,7 @@ def test_lookahead(name, reset_state):
     )
     synced = optax.LookaheadParams.init_synced(client_task.params())
     losses, params, _ = train(tx, synced, lambda params: params.fast)
-    client_task.falls(
-        [losses[0], client_task.loss(params.slow)],
-        **({"share": SLOWER} if reset_state else {}),
-    )
+    client_task.falls([losses[0], client_task.loss(params.slow)], SLOWER)
 
 
 def test_reduce_on_plateau_lowers_the_learning_rate(name):
@@ -94,29 +91,23 @@ def test_multi_steps(name):
     client_task.falls(losses, SLOWER)
 
 
-def test_apply_if_finite(name):
-    losses, _, _ = train(optax.apply_if_finite(client_task.make(name), 5))
-    client_task.falls(losses)
-
-
 def test_partition_of_the_parameters_between_two_optimizers(name):
     tx = optax.partition(
-        {"matrices": client_task.make(name), "rest": optax.adam(0.01)},
-        {"bias": "rest", "hidden": "matrices", "output": "matrices"},
+        {"first": client_task.make(name), "last": optax.adam(0.01)},
+        {"hidden": "first", "output": "last"},
     )
     losses, _, _ = train(tx)
     client_task.falls(losses)
 
 
 def test_masked_parameters_stay(name):
-    mask = {"bias": False, "hidden": True, "output": True}
     tx = optax.chain(
-        optax.masked(client_task.make(name), mask),
-        optax.masked(optax.set_to_zero(), {key: not mask[key] for key in mask}),
+        optax.masked(client_task.make(name), {"hidden": True, "output": False}),
+        optax.masked(optax.set_to_zero(), {"hidden": False, "output": True}),
     )
     losses, params, _ = train(tx)
     client_task.falls(losses)
-    np.testing.assert_array_equal(params["bias"], client_task.params()["bias"])
+    np.testing.assert_array_equal(params["output"], client_task.params()["output"])
 
 
 def test_hyperparameters_in_the_state(name):
@@ -131,7 +122,7 @@ def test_hyperparameters_in_the_state(name):
     assert state.hyperparams["learning_rate"] < client_task.peak(name) / 100
 
 
-def test_clipped_gradients(name):
+def test_clipped_gradients_that_are_applied_if_finite(name):
     tx = optax.chain(optax.clip_by_global_norm(0.1), client_task.make(name))
-    losses, _, _ = train(tx)
+    losses, _, _ = train(optax.apply_if_finite(tx, max_consecutive_errors=5))
     client_task.falls(losses)

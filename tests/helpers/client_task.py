@@ -51,11 +51,7 @@ def data() -> tuple[jax.Array, jax.Array]:
 def params() -> dict[str, jax.Array]:
     """Return the parameters of a network with one hidden layer."""
     rng = np.random.default_rng(1)
-    shapes = {
-        "bias": (HIDDEN,),
-        "hidden": (FEATURES, HIDDEN),
-        "output": (HIDDEN, 1),
-    }
+    shapes = {"hidden": (FEATURES, HIDDEN), "output": (HIDDEN, 1)}
     return {
         key: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), jnp.float32)
         for key, shape in shapes.items()
@@ -64,7 +60,7 @@ def params() -> dict[str, jax.Array]:
 
 def loss(tree: dict[str, jax.Array]) -> jax.Array:
     x, y = data()
-    prediction = jnp.tanh(x @ tree["hidden"] + tree["bias"]) @ tree["output"]
+    prediction = jnp.tanh(x @ tree["hidden"]) @ tree["output"]
     return jnp.mean((prediction - y) ** 2)
 
 
