@@ -18,6 +18,7 @@ from efcp_jax.devices.routines import together
 from efcp_jax.metrics import moments
 from efcp_jax.metrics.base import Measured, Root
 from efcp_jax.metrics.moments import MetricState, Observed
+from efcp_jax.numerics import root
 
 
 # Entries of a leaf that is not worth copying to be beside others.
@@ -117,7 +118,7 @@ class _Scale(NamedTuple):
     def of(cls, mean: jax.Array, floor: float) -> "_Scale":
         tiny = jnp.finfo(mean.dtype).tiny
         known = mean >= tiny
-        inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(mean, tiny)), 0)
+        inverse = jnp.where(known, 1 / jnp.sqrt(jnp.where(known, mean, 1)), 0)
         # Flat while nothing is known.
         return cls(inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor)
 
@@ -125,8 +126,8 @@ class _Scale(NamedTuple):
         """Return what the roots of equal leaves are made from."""
         if observed.cols is None:
             return observed.rows, self
-        cols = _near(jnp.sqrt(observed.cols) * self.inverse)
-        return jnp.sqrt(observed.rows), cols, self.shift
+        cols = _near(root(observed.cols) * self.inverse)
+        return root(observed.rows), cols, self.shift
 
 
 def _groups(layout: Layout, factored: bool) -> list[list[int]]:
@@ -142,8 +143,8 @@ def _full(place: Any, held: Any) -> jax.Array:
     """Return the inverse root of the diagonal of a leaf that is not factored."""
     squares, scale = held
     dtype = scale.shift.dtype
-    root = jnp.sqrt(squares[place].astype(dtype)) * scale.inverse
-    return lax.rsqrt(_near(root) + scale.shift)
+    share = root(squares[place].astype(dtype)) * scale.inverse
+    return lax.rsqrt(_near(share) + scale.shift)
 
 
 def _outer(place: int, held: Any) -> jax.Array:

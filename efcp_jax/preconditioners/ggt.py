@@ -2,6 +2,7 @@
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.preconditioners import gram as grams, root
@@ -49,10 +50,12 @@ def ggt_coefficients(
     """
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
-    eps = jnp.maximum(eps, 0)  # a schedule may undershoot by a rounding error
+    # A schedule may undershoot by a rounding error. The slope at 0 is that above.
+    eps = jnp.where(eps < 0, 0, eps)
     weights = scale * b2 ** age.astype(dtype)
-    norms = weights * jnp.sqrt(jnp.diagonal(gram))
-    largest = jnp.max(norms)
+    # The unit that all is measured in, of which the result does not depend.
+    given = lax.stop_gradient((weights, jnp.diagonal(gram)))
+    largest = jnp.max(given[0] * jnp.sqrt(given[1]))
     inverse = 1 / jnp.where(largest > 0, largest, 1)
     weights = weights * inverse
     moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)

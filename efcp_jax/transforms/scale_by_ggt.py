@@ -11,7 +11,7 @@ import optax
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric
-from efcp_jax.numerics import not_vanished
+from efcp_jax.numerics import not_vanished, root
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
 from efcp_jax.states import ScaleByGgtState
 from efcp_jax.step import preconditioned
@@ -140,7 +140,7 @@ def scale_by_ggt(
         if relative:
             # An update of GGT is the same in every unit of the rows.
             scale, square = grams.in_own_unit(gram, scale, window.filled)
-            eps = eps * jnp.sqrt(square)
+            eps = eps * root(square)
         weights = ggt_coefficients(
             gram,
             scale,

@@ -10,7 +10,7 @@ import optax
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric
-from efcp_jax.numerics import not_vanished, saturate
+from efcp_jax.numerics import not_vanished, root, saturate
 from efcp_jax.preconditioners import (
     gram as grams,
     mfac_coefficients,
@@ -153,7 +153,7 @@ def scale_by_mfac(
         if relative:
             scale, square = grams.in_own_unit(gram, scale, window.filled)
             damping = systems.near(damping * square / rows, kept)
-            unit = jnp.sqrt(square)
+            unit = root(square)
         given = gram, scale, slot, damping, rows, kept, moment
         weights, kept = mfac_coefficients(*given)
         if unit is not None:
