@@ -68,7 +68,11 @@ def take(
     else:
         seen = state.count - state.skipped
         measured = metric.measure(space.layout, updates, state.metric, seen, guarded)
-        updates, finite = measured.scaled(updates), measured.finite
+        finite = measured.finite
+    if skip_nonfinite:
+        updates = _without_faults(updates, finite)
+    if measured is not None:
+        updates = measured.scaled(updates)
     accept = finite if guarded else jnp.asarray(True)
     row = feedback.compress(
         space,
@@ -80,6 +84,23 @@ def take(
         count=state.count,
     )
     return Taken(row, finite, space.layout, measured, guarded)
+
+
+@jax.custom_jvp
+def _without_faults(tree: Any, finite: jax.Array) -> Any:
+    """Return `tree`; of a derivative, zeros in place of a gradient that is skipped.
+
+    Its products with zeros, which a derivative adds up, would be NaN.
+    """
+    del finite
+    return tree
+
+
+@_without_faults.defjvp
+def _without_faults_jvp(primals: Any, tangents: Any) -> Any:
+    finite = primals[1]
+    zeroed = lambda tree: jax.tree.map(lambda x: jnp.where(finite, x, 0), tree)
+    return zeroed(primals[0]), zeroed(tangents[0])
 
 
 def select(accept: jax.Array, new: Any, old: Any) -> Any:

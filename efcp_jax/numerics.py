@@ -109,6 +109,21 @@ def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)
 
 
+def constant(value: jax.Array, why: str) -> jax.Array:
+    """Return `value`, of which a derivative raises: `why`, and what to do."""
+
+    @jax.custom_jvp
+    def same(value: jax.Array) -> jax.Array:
+        return value
+
+    @same.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise NotImplementedError(f"efcp_jax has no derivative here: {why}")
+
+    return same(value)
+
+
 def not_vanished(value: Any) -> Any:
     """Return `value`, or where it is a zero of float16 the least number that is not.
 

@@ -54,9 +54,10 @@ def ggt_coefficients(
     eps = jnp.where(eps < 0, 0, eps)
     weights = scale * b2 ** age.astype(dtype)
     # The unit that all is measured in, of which the result does not depend.
-    given = lax.stop_gradient((weights, jnp.diagonal(gram)))
+    *given, unit = lax.stop_gradient((weights, jnp.diagonal(gram), eps))
     largest = jnp.max(given[0] * jnp.sqrt(given[1]))
-    inverse = 1 / jnp.where(largest > 0, largest, 1)
+    unit = jnp.where(largest > 0, largest, unit)
+    inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
     weights = weights * inverse
     moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)
     weighted = weights[:, None] * gram * weights[None]

@@ -129,4 +129,5 @@ def _system(
     # Unit-diagonal scaling: diagonal[i]^2 = lambda + |row i|^2 / n.
     diagonal = jnp.hypot(norms, jnp.sqrt(damping))
     inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
-    return systems.System(gram.reshape(-1), scale * inverse, divisor), inverse
+    weights = jnp.where(diagonal > 0, scale * inverse, 0)
+    return systems.System(gram.reshape(-1), weights, divisor), inverse
