@@ -131,7 +131,11 @@ class Feedback:
             seen = state.count - state.skipped
             given = space.layout, updates, state.metric, seen, guarded
             measured = self.metric.measure(*given)
-            updates, finite = measured.scaled(updates), measured.finite
+            finite = measured.finite
+        if self.skip_nonfinite:
+            updates = _without_faults(updates, finite)
+        if measured is not None:
+            updates = measured.scaled(updates)
         # Dividing the row by the power of two above its largest entry is exact and lets
         # gradients of any magnitude share a window. It needs that magnitude on all
         # devices, so it is left out where they would have to ask each other. There,
@@ -149,3 +153,20 @@ class Feedback:
             given = updates, state.error, state.basis, accept, state.count, scaled
             row, scale, error, basis = space.feed(*given)
         return Taken(row, scale, error, basis, finite, space.layout, measured, guarded)
+
+
+@jax.custom_jvp
+def _without_faults(tree: Any, finite: jax.Array) -> Any:
+    """Return `tree`; of a derivative, zeros in place of a gradient that is skipped.
+
+    Its products with zeros, which a derivative adds up, would be NaN.
+    """
+    del finite
+    return tree
+
+
+@_without_faults.defjvp
+def _without_faults_jvp(primals: Any, tangents: Any) -> Any:
+    finite = primals[1]
+    zeroed = lambda tree: jax.tree.map(lambda x: jnp.where(finite, x, 0), tree)
+    return zeroed(primals[0]), zeroed(tangents[0])

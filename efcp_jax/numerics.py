@@ -18,6 +18,23 @@ _BLOCK = 256
 _INDEXED = 2**31 - 1
 
 
+@jax.custom_jvp
+def root(square: jax.Array) -> jax.Array:
+    """Return the square root; its derivative at 0 is 0.
+
+    What roots are taken of are sums of squares, whose root has a kink at 0: 0 is the
+    mean of its slopes, where the rule of the root itself would give infinity times 0.
+    """
+    return jnp.sqrt(square)
+
+
+@root.defjvp
+def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    value = root(*primals)
+    slope = jnp.where(value > 0, 0.5 / jnp.where(value > 0, value, 1), 0)
+    return value, slope * tangents[0]
+
+
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
     """Return the product in full precision, which accelerators do not by default."""
     return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
@@ -90,6 +107,21 @@ def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale, inverse = jnp.ldexp(one, exponent), jnp.ldexp(one, -exponent)
     zero = jnp.zeros_like(peak)
     return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)
+
+
+def constant(value: jax.Array, why: str) -> jax.Array:
+    """Return `value`, of which a derivative raises: `why`, and what to do."""
+
+    @jax.custom_jvp
+    def same(value: jax.Array) -> jax.Array:
+        return value
+
+    @same.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise NotImplementedError(f"efcp_jax has no derivative here: {why}")
+
+    return same(value)
 
 
 def not_vanished(value: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from efcp_jax.numerics import cast
+from efcp_jax.numerics import cast, constant
 
 
 # Numbers along the last axis that share a unit: the blocks of sparse rows, if they are
@@ -29,6 +29,10 @@ _MOST = 127
 _EXPONENTS = (-126, 126)
 
 DTYPE = jnp.dtype(jnp.int8)
+
+_NO_DERIVATIVE = (
+    "errors of 8 bits are whole numbers. Pass `error_dtype=jnp.bfloat16`, or jnp.float32."
+)
 
 # Arrays of JAX in a step, of NumPy on the host.
 _Array: TypeAlias = Any
@@ -125,6 +129,7 @@ def store(
         if not isinstance(old, Quantized):
             # An infinity in the error would make every later step non-finite.
             return cast(x, old.dtype)
+        x = constant(x, _NO_DERIVATIVE)
         unit = _units(x, old.units.shape[-1], jnp)
         scaled = x * _spread(1 / unit, x)
         values = at_random(scaled, uniform(x.shape, count, first)).astype(DTYPE)
@@ -140,6 +145,7 @@ def store_on_host(vector: Any, like: Any) -> Any:
     def one(x: np.ndarray, old: Any) -> Any:
         if not isinstance(old, Quantized):
             return x
+        x = constant(x, _NO_DERIVATIVE)
         unit = _units(x, old.units.shape[-1], np)
         whole = np.clip(np.rint(x / _spread(unit, x)), -_MOST, _MOST)
         return Quantized(whole.astype(DTYPE), unit.astype(jnp.bfloat16))

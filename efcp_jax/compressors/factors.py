@@ -20,7 +20,7 @@ from efcp_jax.compressors.movers import FactorMover
 from efcp_jax.compressors.orthonormal import orthonormal
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import Routine, together
-from efcp_jax.numerics import contract, roots
+from efcp_jax.numerics import contract, root, roots
 from efcp_jax.passes.scale import row_scale
 
 
@@ -131,7 +131,7 @@ class LowRankSpace:
             right = contract("grn,gnc->grc", rounded * first, value) * second
             right = yield lax.psum, right, matrix.row_axes
             square = yield lax.psum, jnp.sum(right**2, axis=2), matrix.col_axes
-            length = jnp.sqrt(square)[:, :, None]
+            length = root(square)[:, :, None]
             unit = right / jnp.where(length > 0, length, 1)
             # A row that met nothing turns towards a fixed random one, so that no
             # gradient can stay invisible for ever.

@@ -77,18 +77,19 @@ class SparseSpace:
         return *self._row(values, offsets, scaled), None
 
     def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
-        def by_parts(error: Any, accept: jax.Array, count: jax.Array) -> Any:
+        def by_parts(tree, error, accept, count) -> Any:
             return feed(self, tree, error, basis, accept, count, scaled)[:3]
 
         row, scale, rest = fed(
             self.passes,
+            tree,
             error,
             accept,
             count,
             by_parts,
-            gradient=lambda: self.pack(tree),
+            gradient=self.pack,
             finish=lambda values, offsets: self._row(values, offsets, scaled),
-            sections=lambda: self.blocks.sections(tree),
+            sections=self.blocks.sections,
             storage=self.storage,
             dtype=self.layout.dtype,
         )

@@ -26,6 +26,7 @@ from efcp_jax.metrics.moments import (
     of_axes,
     sums_of,
 )
+from efcp_jax.numerics import root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _inverse_roots(group: Group, held: Any) -> list[jax.Array]:
         ]
     else:
         wide = (x.astype(shift.dtype) for x in group.split(made_of))
-        diagonals = [_near(jnp.sqrt(x) * inverse) for x in wide]
+        diagonals = [_near(root(x) * inverse) for x in wide]
     return [lax.rsqrt(diagonal + shift) for diagonal in diagonals]
 
 

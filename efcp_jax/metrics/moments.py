@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from efcp_jax.devices.layout import Layout, Leaf
 from efcp_jax.devices.routines import Routine
-from efcp_jax.numerics import cast
+from efcp_jax.numerics import cast, root
 
 
 # Entries of a leaf that is not worth copying to be beside others.
@@ -180,7 +180,7 @@ def observe(
     row = wide / jnp.where(mean > 0, mean, 1)
     return Observed(
         list(map(Factored, jnp.unstack(new_rows), jnp.unstack(new_cols))),
-        (jnp.sqrt(row), jnp.sqrt(new_cols.astype(layout.dtype))),
+        (root(row), root(new_cols.astype(layout.dtype))),
         jnp.sum(mean) * (rows * cols / (entries * layout.ways(layout.axes))),
     )
 

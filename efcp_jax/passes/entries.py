@@ -14,7 +14,15 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from efcp_jax.numerics import constant
 from efcp_jax.passes.scaled import ScaledRow, quantise
+
+
+_NO_DERIVATIVE = (
+    "values of 8 bits, and those of 16 bits in blocks of more than 256 entries, are"
+    " stored as whole numbers. Pass `value_dtype=jnp.float32`, or blocks of up to 256"
+    " entries with values of 16 bits."
+)
 
 
 class SparseRow(NamedTuple):
@@ -85,6 +93,8 @@ class Storage:
 
     def store(self, values: jax.Array, offsets: jax.Array) -> Stored:
         """Return the entries of a row as they are stored; values are rounded."""
+        if self.scaled or self.words:
+            values = constant(values, _NO_DERIVATIVE)
         if self.scaled:
             values, scales = quantise(values, self.values)
             return ScaledRow(values, offsets.astype(self.offsets), scales)

@@ -1,5 +1,7 @@
 """Overwriting one row of a window where it lies."""
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -24,23 +26,27 @@ def insert(
         Array of the shape and dtype of `rows`.
     """
     size = row.shape[axis]
-    write = lambda rows, row: lax.dynamic_update_slice_in_dim(
+    write = lambda rows, row, slot: lax.dynamic_update_slice_in_dim(
         rows, row, slot * size, axis
     )
 
-    def select(rows: jax.Array, row: jax.Array) -> jax.Array:
+    def select(rows: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
         old = lax.dynamic_slice_in_dim(rows, slot * size, size, axis)
-        return write(rows, jnp.where(accept, row, old))
+        return write(rows, jnp.where(accept, row, old), slot)
 
-    def write_bits(rows: jax.Array, row: jax.Array) -> jax.Array:
+    @jax.custom_jvp
+    def write_bits(rows: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
         pattern = f"uint{8 * rows.dtype.itemsize}"
         bits = lambda x: lax.bitcast_convert_type(x, pattern)
-        return lax.bitcast_convert_type(write(bits(rows), bits(row)), rows.dtype)
+        return lax.bitcast_convert_type(write(bits(rows), bits(row), slot), rows.dtype)
+
+    # Bits have no derivative.
+    write_bits.defjvp(functools.partial(jax.jvp, write))
 
     # XLA on CPUs writes half precision and less by way of a float32 window, several
     # times slower than as integers.
     on_cpu = write_bits if _is_narrow(rows.dtype) else write
-    return overwrite(accept, on_cpu, select, rows, row)
+    return overwrite(accept, on_cpu, select, rows, row, slot)
 
 
 def _is_narrow(dtype: np.dtype) -> bool:

@@ -16,9 +16,14 @@ from efcp_jax.passes.entries import SparseRow, Stored, Tiled
 def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
     """Return the `kept` entries of largest magnitude of every block; see `tiles`."""
     order = jnp.argsort(-magnitudes(vector), axis=1, stable=True)
-    offsets = jnp.sort(order[:, :kept], axis=1).astype(jnp.int32)
-    values = jnp.take_along_axis(vector, offsets, axis=1)
-    return to_tiles(values, lanes), to_tiles(offsets, lanes)
+    offsets = to_tiles(jnp.sort(order[:, :kept], axis=1).astype(jnp.int32), lanes)
+    return take(vector, offsets=offsets)
+
+
+def take(vector: jax.Array, *, offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the values of `vector` at `offsets`, and `offsets`."""
+    values = jnp.take_along_axis(vector, from_tiles(offsets), axis=1)
+    return to_tiles(values, offsets.shape[2]), offsets
 
 
 def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:

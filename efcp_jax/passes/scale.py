@@ -1,5 +1,7 @@
 """The scale of a row, from the largest magnitude in it."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,24 @@ def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]
     if not scaled:
         return jnp.ones((), dtype), jnp.ones((), dtype)
     peaks = [_peak(leaf) for leaf in leaves]
-    return power_of_two(jnp.max(jnp.stack([jnp.zeros((), dtype), *peaks])))
+    return _power_of_two(jnp.max(jnp.stack([jnp.zeros((), dtype), *peaks])))
+
+
+@jax.custom_jvp
+def _power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `power_of_two(peak)`, which are constants.
+
+    Where a derivative is taken, zeros are 1 times zeros: 0 times a row would hide that
+    the row depends on something.
+    """
+    return power_of_two(peak)
+
+
+@_power_of_two.defjvp
+def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
+    del tangents
+    made = tuple(jnp.where(x == 0, 1, x) for x in power_of_two(*primals))
+    return made, tuple(map(jnp.zeros_like, made))
 
 
 def _peak(array: jax.Array) -> jax.Array:

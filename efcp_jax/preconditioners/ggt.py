@@ -2,6 +2,7 @@
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.preconditioners import gram as grams, root
@@ -49,11 +50,14 @@ def ggt_coefficients(
     """
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
-    eps = jnp.maximum(eps, 0)  # a schedule may undershoot by a rounding error
+    # A schedule may undershoot by a rounding error. The slope at 0 is that above.
+    eps = jnp.where(eps < 0, 0, eps)
     weights = scale * b2 ** age.astype(dtype)
-    norms = weights * jnp.sqrt(jnp.diagonal(gram))
-    largest = jnp.max(norms)
-    inverse = 1 / jnp.where(largest > 0, largest, 1)
+    # The unit that all is measured in, of which the result does not depend.
+    *given, unit = lax.stop_gradient((weights, jnp.diagonal(gram), eps))
+    largest = jnp.max(given[0] * jnp.sqrt(given[1]))
+    unit = jnp.where(largest > 0, largest, unit)
+    inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
     weights = weights * inverse
     moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)
     weighted = weights[:, None] * gram * weights[None]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from efcp_jax.numerics import root
 from efcp_jax.passes.overwrite import overwrite
 
 
@@ -58,7 +59,7 @@ def mean_square(gram: jax.Array, scale: jax.Array, filled: jax.Array) -> jax.Arr
         A scalar in the dtype of `gram`, at most its largest number.
     """
     share = scale / jnp.sqrt(jnp.maximum(filled, 1).astype(gram.dtype))
-    total = jnp.sum((share * jnp.sqrt(jnp.diagonal(gram))) ** 2)
+    total = jnp.sum((share * root(jnp.diagonal(gram))) ** 2)
     return jnp.minimum(total, jnp.finfo(gram.dtype).max)
 
 

@@ -1,10 +1,14 @@
 """The coefficients of M-FAC: one column of the inverse of an m x m matrix."""
 
+from typing import Any
+
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.preconditioners import system as systems
+from efcp_jax.numerics import dot
+from efcp_jax.preconditioners import implicit, system as systems
 
 
 # The largest stored entry is below 2^2, so a sum of m rows with coefficients below the
@@ -57,22 +61,73 @@ def mfac_coefficients(
     """
     dtype, size = gram.dtype, gram.shape[0]
     # A schedule may undershoot 0 by a rounding error; a window may still be empty.
-    damping = jnp.maximum(jnp.asarray(damping, dtype), 0)
+    damping = jnp.asarray(damping, dtype)
+    damping = jnp.where(damping < 0, 0, damping)
     divisor = jnp.maximum(jnp.asarray(divisor, dtype), 1)
-    norms = scale * jnp.sqrt(jnp.diagonal(gram) / divisor)
-    # Unit-diagonal scaling: diagonal[i]^2 = lambda + |row i|^2 / n.
-    diagonal = jnp.hypot(norms, jnp.sqrt(damping))
-    inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
-    weights = scale * inverse
-    system = systems.System(gram.reshape(-1), weights, divisor)
     if moment is None:
         moment = jnp.eye(size, dtype=dtype)[slot]
+    return _solved(gram, scale, damping, divisor, moment, slot, kept)
+
+
+@jax.custom_jvp
+def _solved(
+    gram: jax.Array,
+    scale: jax.Array,
+    damping: jax.Array,
+    divisor: jax.Array,
+    moment: jax.Array,
+    slot: jax.Array,
+    kept: systems.Kept | None,
+) -> tuple[jax.Array, systems.Kept | None]:
+    """Return what `mfac_coefficients` does."""
+    system, inverse = _system(gram, scale, damping, divisor)
     # The largest entry of the right-hand side becomes one.
     unit = jnp.max(inverse * jnp.abs(moment))
     unit = jnp.where(unit > 0, unit, 1)
     given = inverse, moment, unit, slot, damping, kept
     solution, kept = systems.solve(system, *given)
     # Without damping and for norms near the smallest number the solution overflows.
-    limit = jnp.finfo(dtype).max / (_HEADROOM * size)
+    limit = jnp.finfo(gram.dtype).max / (_HEADROOM * len(scale))
     unit = jnp.minimum(unit, limit)
-    return jnp.clip(weights * solution * unit, -limit, limit), kept
+    return jnp.clip(system.weights * solution * unit, -limit, limit), kept
+
+
+@_solved.defjvp
+def _solved_jvp(primals: Any, tangents: Any) -> Any:
+    r"""Return $w = S z$ of $A z = b$, and $w' = S A^{-1} (b' - A' z)$.
+
+    No factorisation is differentiated. With dependent rows and no damping to speak of,
+    $z$ solves $A (b - A z) = 0$, and $z' = A^+ (b' - A' z + A^+ A' (b - A z))$, the
+    derivative among windows of one rank. Scales are powers of two: constants.
+    """
+    gram, scale, damping, divisor, moment, _, _ = primals
+    d_gram, _, d_damping, _, d_moment, _, _ = tangents
+    weights, new = _solved(*primals)
+    solution = weights / jnp.where(scale > 0, scale, 1)
+    products = lambda gram, weights: scale * dot(gram, weights) / divisor
+
+    def multiply(x: jax.Array) -> jax.Array:
+        x = inverse * x
+        return inverse * (damping * x + products(gram, scale * x))
+
+    system, inverse = lax.stop_gradient(_system(gram, scale, damping, divisor))
+    solve, sound = implicit.inverse(system, inverse, multiply)
+    change = lambda z, weights: d_damping * z + products(d_gram, weights)
+    left = moment - damping * solution - products(gram, weights)
+    left = jnp.where(sound, 0, left)
+    more = inverse * solve(inverse * change(left, scale * left))
+    rest = d_moment - change(solution, weights) + more
+    d_weights = system.weights * solve(inverse * rest)
+    return (weights, new), (d_weights, implicit.kept(new, damping, d_damping))
+
+
+def _system(
+    gram: jax.Array, scale: jax.Array, damping: jax.Array, divisor: jax.Array
+) -> tuple[systems.System, jax.Array]:
+    r"""Return $D (\lambda I + S \hat K S / n) D$ of unit diagonal, and that of $D$."""
+    norms = scale * jnp.sqrt(jnp.diagonal(gram) / divisor)
+    # Unit-diagonal scaling: diagonal[i]^2 = lambda + |row i|^2 / n.
+    diagonal = jnp.hypot(norms, jnp.sqrt(damping))
+    inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
+    weights = jnp.where(diagonal > 0, scale * inverse, 0)
+    return systems.System(gram.reshape(-1), weights, divisor), inverse

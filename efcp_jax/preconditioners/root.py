@@ -15,6 +15,7 @@ $A$, no digits are lost that $A$ has. Its eigenvalues are never looked at one by
 """
 
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -44,6 +45,7 @@ _SQUARINGS = 12
 _EIGENVECTORS = 256
 
 
+@jax.custom_jvp
 def solve(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
     """Return what `by_products` does, on all but TPUs by an eigendecomposition."""
     if len(matrix) <= _EIGENVECTORS:
@@ -53,12 +55,62 @@ def solve(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
     )
 
 
+@solve.defjvp
+def _solve_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    r"""Return the solution $x$ of $(S + \epsilon I) x = b$ and its derivative.
+
+    $(S + \epsilon I) x' = b' - S' x - \epsilon' x$: no derivative of eigenvectors, which
+    have none where eigenvalues are equal.
+    """
+    matrix, eps, rhs = primals
+    d_matrix, d_eps, d_rhs = tangents
+    solution = solve(*primals)
+    root, d_root = jax.jvp(singular, (matrix,), (d_matrix,))
+    multiply = lambda x: dot(root, x) + eps * x
+    known = lax.stop_gradient((matrix, eps))
+    rest = d_rhs - dot(d_root, solution) - d_eps * solution
+    return solution, lax.custom_linear_solve(
+        multiply, rest, lambda _, x: by_eigenvectors(*known, x), symmetric=True
+    )
+
+
+@jax.custom_jvp
+def singular(matrix: jax.Array) -> jax.Array:
+    r"""Return $S = \max(A^{1/2}, \phi I)$; it is differentiable."""
+    values, vectors, _ = _decomposed(matrix)
+    return dot(vectors * values[None], vectors.T)
+
+
+@singular.defjvp
+def _singular_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    r"""Return $S$, and $S'$ of which $S S' + S' S = A'$.
+
+    What does not reach the floor stays at the floor.
+    """
+    [root], [d_matrix] = (singular(*primals),), tangents
+    values, vectors, known = _decomposed(lax.stop_gradient(primals[0]))
+    sums = values[:, None] + values[None]
+    inverse = jnp.where(known[:, None] | known[None], 1 / sums, 0)
+
+    def solve(_: Any, right: jax.Array) -> jax.Array:
+        inside = dot(dot(vectors.T, right), vectors)
+        return dot(dot(vectors, inverse * inside), vectors.T)
+
+    multiply = lambda x: dot(root, x) + dot(x, root)
+    return root, lax.custom_linear_solve(multiply, d_matrix, solve, symmetric=True)
+
+
 def by_eigenvectors(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
     """Return what `by_products` does, by an eigendecomposition."""
+    values, vectors, _ = _decomposed(matrix)
+    return dot(vectors, dot(vectors.T, rhs) / (values + eps))
+
+
+def _decomposed(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return singular values and vectors, and which of them are above the floor."""
     values, vectors = jnp.linalg.eigh(matrix)
     floor = jnp.finfo(matrix.dtype).eps * jnp.maximum(values[-1], 1)
-    singular = jnp.sqrt(jnp.maximum(values, floor))
-    return dot(vectors, dot(vectors.T, rhs) / (singular + eps))
+    return jnp.sqrt(jnp.maximum(values, floor)), vectors, values > floor
 
 
 def by_products(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -155,7 +155,7 @@ def solve(
                 kept._replace(run=varying.like(kept, jnp.int32(-1))),
             ),
         )
-    remedy = lambda: _remedy(system, inverse, rhs, unit)
+    remedy = lambda: without_noise(system, inverse, rhs, unit)
     return _unless(sound, solution, remedy), kept
 
 
@@ -177,7 +177,7 @@ def _afresh(system: System, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     def by_blocks(block: int) -> tuple[jax.Array, jax.Array]:
         # LAPACK wants columns contiguous. The transpose has that without a copy.
         factor = cholesky.factorise(system.rows(0, system.size).T, block)
-        return cholesky.solve(factor, rhs), _sound(factor)
+        return cholesky.solve(factor, rhs), is_sound(factor)
 
     # NVIDIA's and AMD's libraries divide matrices themselves, and every call of them is
     # a kernel or more: 7 in place of 105 at 1024 rows.
@@ -223,17 +223,17 @@ def _resumed(
     last = cholesky.solve(corner, last)
     others = cholesky.backward(kept.factor, others - dot(last, kept.coupling))
     solution = lax.dynamic_update_slice_in_dim(others, last, run, axis=0)
-    return solution, _sound(kept.factor) & _sound(corner), kept
+    return solution, is_sound(kept.factor) & is_sound(corner), kept
 
 
-def _sound(factor: cholesky.Factor) -> jax.Array:
+def is_sound(factor: cholesky.Factor) -> jax.Array:
     """Return whether no row depends on others to within rounding."""
     pivots = cholesky.pivots(factor)
     # Squared pivots are the squared distances of each row from those before it.
     return jnp.all(pivots**2 > _NOISE * jnp.finfo(pivots.dtype).eps)  # False for NaN
 
 
-def _remedy(
+def without_noise(
     system: System, inverse: jax.Array, rhs: jax.Array, unit: jax.Array
 ) -> jax.Array:
     """Return the solution without the directions that rounding made up."""

@@ -12,7 +12,7 @@ from efcp_jax import _validate
 from efcp_jax._docstrings import GGT, documented
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric, MetricState
-from efcp_jax.numerics import not_vanished
+from efcp_jax.numerics import not_vanished, root
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
 from efcp_jax.step import checked, preconditioned
 from efcp_jax.window import Window
@@ -106,7 +106,7 @@ def scale_by_ggt(
         if relative:
             # An update of GGT is the same in every unit of the rows.
             scale, square = grams.in_own_unit(gram, scale, window.filled)
-            eps = eps * jnp.sqrt(square)
+            eps = eps * root(square)
         given = gram, scale, age, window.filled, eps, values["b1"], values["b2"]
         return ggt_coefficients(*given, nesterov), kept
 

@@ -11,7 +11,7 @@ from efcp_jax import _validate
 from efcp_jax._docstrings import MFAC, documented
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric, MetricState
-from efcp_jax.numerics import not_vanished, saturate
+from efcp_jax.numerics import not_vanished, root, saturate
 from efcp_jax.preconditioners import (
     gram as grams,
     mfac_coefficients,
@@ -127,7 +127,7 @@ def scale_by_mfac(
         if relative:
             scale, square = grams.in_own_unit(gram, scale, window.filled)
             damping = systems.near(damping * square / rows, kept)
-            unit = jnp.sqrt(square)
+            unit = root(square)
         given = gram, scale, slot, damping, rows, kept, moment
         weights, kept = mfac_coefficients(*given)
         if unit is not None:
