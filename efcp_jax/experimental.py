@@ -16,8 +16,8 @@ import jax
 # Every name of Pallas that is used. Who uses it takes the modules from here, of which
 # one that is missing is None.
 _PALLAS = (
-    *("BlockSpec", "CostEstimate", "ds", "multiple_of", "num_programs"),
-    *("pallas_call", "program_id", "when"),
+    *("BlockSpec", "ds", "multiple_of", "num_programs", "pallas_call"),
+    *("program_id", "when"),
 )
 _PALLAS_TPU = ("CompilerParams", "HBM", "SMEM", "VMEM", "with_memory_space_constraint")
 

@@ -200,22 +200,16 @@ def _units(x: _Array, count: int, xp: Any) -> _Array:
     pad = [(0, 0)] * (x.ndim - 1) + [(0, count * group - x.shape[-1])]
     magnitudes = xp.pad(xp.abs(x), pad).reshape(*x.shape[:-1], count, group)
     peak = xp.max(magnitudes, axis=-1, initial=0)
-    share, exponent = xp.frexp(peak)
-    return xp.ldexp(xp.ones_like(peak), exponents(peak, share, exponent, xp))
+    return xp.ldexp(xp.ones_like(peak), exponents(peak, xp))
 
 
-def exponents(peak: _Array, share: _Array, exponent: _Array, xp: Any = jnp) -> _Array:
+def exponents(peak: _Array, xp: Any = jnp) -> _Array:
     """Return the exponents of units, from the largest magnitudes of groups.
 
     They are of the least powers of two that are at least the peak over 127: of whole
     numbers up to 127 what they were multiplied by, or half of that; 0 for zeros.
-
-    Args:
-        peak: The largest magnitudes.
-        share: Them in [1 / 2, 1), times 2 to the power of the next.
-        exponent: Whole numbers.
-        xp: The module to compute with.
     """
+    share, exponent = xp.frexp(peak)
     exponent = exponent - 7 + xp.where(share > _MOST / 128, 1, 0)
     return xp.where(peak > 0, xp.clip(exponent, *_EXPONENTS), 0)
 

@@ -133,7 +133,7 @@ def test_the_m_by_m_room_knows_no_representation(path):
     targets = {each.split(".")[0] for each in own_imports(path)}
     assert targets <= {"preconditioners", "numerics", "passes", "varying"}
     deep = {name for name in own_imports(path) if name.startswith("passes")}
-    assert deep <= {"passes.overwrite.overwrite"}
+    assert deep <= {"passes.overwrite"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)

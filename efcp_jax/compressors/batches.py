@@ -17,9 +17,8 @@ from efcp_jax import passes
 from efcp_jax.compressors.groups import Group
 from efcp_jax.compressors.matrix import Matrix
 from efcp_jax.devices.layout import Layout
+from efcp_jax.devices.sections import zero_after
 from efcp_jax.numerics import contract, roots, saturate
-from efcp_jax.passes.batches import subtract_products
-from efcp_jax.passes.runs import zero_after
 
 
 # Into about how many runs all leaves are taken, and the least entries of a run.
@@ -66,7 +65,7 @@ def subtract(
     first, second = roots(factor, values.dtype)
     left = left.astype(values.dtype) * first
     right = right.astype(values.dtype)
-    rest = subtract_products(values, left, right, second)
+    rest = passes.subtract_products(values, left, right, second)
     return saturate(rest, values.dtype)
 
 

@@ -21,7 +21,7 @@ from efcp_jax.compressors.orthonormal import orthonormal
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import Routine, together
 from efcp_jax.numerics import contract, root, roots
-from efcp_jax.passes.scale import row_scale
+from efcp_jax.passes import row_scale
 
 
 # An array for each group, by the name of the group.

@@ -14,7 +14,7 @@ from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import DenseMover
 from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import contract, saturate
-from efcp_jax.passes.scale import row_scale
+from efcp_jax.passes import row_scale
 
 
 @dataclasses.dataclass(frozen=True)

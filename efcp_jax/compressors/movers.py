@@ -13,8 +13,7 @@ import numpy as np
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.devices import positions
 from efcp_jax.devices.positions import inverse, take
-from efcp_jax.passes.entries import SparseRow, Storage, Stored
-from efcp_jax.passes.scaled import ScaledRow, limits
+from efcp_jax.passes.entries import LIMITS, ScaledRow, SparseRow, Storage, Stored
 
 
 def _load(stored: Stored, storage: Storage) -> tuple[np.ndarray, np.ndarray]:
@@ -44,11 +43,11 @@ def _store(values: np.ndarray, offsets: np.ndarray, storage: Storage, kept: int)
 def _quantise(
     values: np.ndarray, dtype: np.dtype, kept: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Do what `scaled.quantise` does on the host.
+    """Do what `entries.quantise` does on the host.
 
     What comes from the same tile comes back as it was.
     """
-    most, above = limits(dtype)
+    most, above = LIMITS[dtype.name]
     rows = values.reshape(len(values), -1, kept, values.shape[2])
     peak = np.max(np.abs(rows), axis=(2, 3))
     _, exponent = np.frexp(np.where(np.isfinite(peak), peak / above, 0))
@@ -114,7 +113,10 @@ class SparseMover:
     def rows(self, rows: Stored) -> Any:
         """Return a window in the new layout."""
         old, new = self.old.passes, self.new.passes
-        values, offsets = (old.by_block(x) for x in _load(rows, self.old.storage))
+        values, offsets = (
+            old.blocks(x).reshape(-1, x.shape[1] // old.kept, old.kept)
+            for x in _load(rows, self.old.storage)
+        )
         if (blocks := self.blocks) is not None:
             values, offsets = take(values, blocks, 0), take(offsets, blocks, 0)
             return self._stored(values, offsets)

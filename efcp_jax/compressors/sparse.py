@@ -12,11 +12,9 @@ from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.movers import SparseMover
 from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import saturate
+from efcp_jax.passes import row_scale
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
-from efcp_jax.passes.large import LargeBlocks
-from efcp_jax.passes.platforms import fed
-from efcp_jax.passes.scale import row_scale
-from efcp_jax.passes.tiles import LANES, LARGEST, Tiles
+from efcp_jax.passes.forms import LANES, LARGEST, Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +23,16 @@ class SparseSpace:
 
     Attributes:
         blocks: Where each leaf lies in the array of blocks.
-        passes: What is done with entries, and the shape that they are kept in.
-        storage: How entries are stored.
+        passes: What is done with entries, and how they are stored.
     """
 
     blocks: Blocks
-    passes: Any  # Tiles or LargeBlocks
-    storage: Storage
+    passes: Form
+
+    @property
+    def storage(self) -> Storage:
+        """How entries are stored."""
+        return self.passes.storage
 
     @classmethod
     def of(
@@ -44,10 +45,8 @@ class SparseSpace:
             blocks = Blocks.of(layout, blocks.size, LANES)
         kept = min(blocks.size, max(1, round(density * blocks.size)))
         storage = Storage.of(jnp.dtype(dtype), blocks.size)
-        if blocks.size <= LARGEST:
-            tiles = Tiles(blocks.size, kept, min(LANES, blocks.count))
-            return cls(blocks, tiles, storage)
-        return cls(blocks, LargeBlocks(blocks.size, kept, storage), storage)
+        tile = min(LANES, blocks.count) if blocks.size <= LARGEST else None
+        return cls(blocks, Form(blocks.size, kept, storage, tile))
 
     @property
     def layout(self) -> Layout:  # noqa: D102
@@ -80,17 +79,15 @@ class SparseSpace:
         def by_parts(tree, error, accept, count) -> Any:
             return feed(self, tree, error, basis, accept, count, scaled)[:3]
 
-        row, scale, rest = fed(
-            self.passes,
+        row, scale, rest = self.passes.feed(
             tree,
             error,
             accept,
             count,
-            by_parts,
-            gradient=self.pack,
+            by_parts=by_parts,
             finish=lambda values, offsets: self._row(values, offsets, scaled),
+            gradient=self.pack,
             sections=self.blocks.sections,
-            storage=self.storage,
             dtype=self.layout.dtype,
         )
         return row, scale, rest, basis
@@ -114,8 +111,9 @@ class SparseSpace:
 
     def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
         values, offsets = self.storage.load(row, self.layout.dtype)
-        shared = SparseRow(self.passes.share(values, self.blocks.shares), offsets)
-        return self.passes.inner(window, shared)
+        if (shares := self.blocks.shares) is not None:
+            values = values * self.passes.from_blocks(shares[:, None])
+        return self.passes.inner(window, SparseRow(values, offsets))
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:  # noqa: D102
         shares = self.blocks.shares

@@ -8,8 +8,8 @@ import numpy as np
 from efcp_jax import _validate
 from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.layout import Layout
-from efcp_jax.passes.scaled import DTYPES
-from efcp_jax.passes.tiles import LARGEST
+from efcp_jax.passes.entries import DTYPES
+from efcp_jax.passes.forms import LARGEST
 
 
 @dataclasses.dataclass(frozen=True)

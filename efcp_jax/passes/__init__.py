@@ -1,20 +1,24 @@
-"""Work over a window and over vectors as long as the gradient, one file a platform.
+"""Work over a window and over vectors as long as the gradient, by platform.
 
 | file | what |
 |---|---|
-| `tiles` | small blocks: select, residual, inner, combine, by each platform's form |
-| `reference` | what these must compute, as plainly as it can be written |
-| `cpu`, `gpu`, `tpu` | their forms; `matching` and `runs` are what some of them share |
-| `large` | the same for blocks of more than 256 entries |
-| `cpu_feed`, `tpu_feed` | error feedback in one go where that is less work |
-| `bisection` | the largest entries of large blocks |
+| `forms` | what passes over sparse rows mean: select, residual, inner, dot, combine |
+| `reference` | these as plainly as can be written: what the others must compute |
+| `cpu`, `cpu_feed` | loops over a few blocks at a time |
+| `gpu` | fused comparisons |
+| `tpu`, `tpu_feed`, `tpu_tiles` | kernels for tiles of 128 blocks; else comparisons |
+| `large` | both accelerators' forms for blocks of more than 256 entries |
+| `selection`, `places` | what platforms share |
 | `entries` | how entries are stored |
-| `insert`, `add`, `overwrite` | writing where an array lies |
-| `finite` | whether a gradient is |
-| `scale` | the largest magnitude of a row, and the power of two above it |
+| `arrays` | passes over any array: finite or not, scaled, added to, overwritten |
 """
 
-from efcp_jax.passes.add import add as add
-from efcp_jax.passes.finite import all_finite as all_finite, finite as finite
-from efcp_jax.passes.insert import insert as insert
-from efcp_jax.passes.scale import row_scale as row_scale
+from efcp_jax.passes.arrays import (
+    add as add,
+    all_finite as all_finite,
+    finite as finite,
+    insert as insert,
+    overwrite as overwrite,
+    row_scale as row_scale,
+    subtract_products as subtract_products,
+)

@@ -1,11 +1,10 @@
-"""Passes over small blocks on CPUs: loops over tiles that stay in the cache.
+"""Passes on CPUs: loops over blocks that stay in the cache.
 
-What is touched in one round is a few tiles, so that temporaries are small, and sums
+What is touched in one round is a few blocks, so that temporaries are small, and sums
 are taken entry by entry, which vectorises. XLA's scattered addition takes 2 to 3 ns an
-entry here, a comparison with every place of a block fifty times that.
+entry here, a comparison with every place of a small block fifty times that.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,13 +12,12 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax import varying
+from efcp_jax.devices.sections import part, sweep, write
 from efcp_jax.numerics import indexed
-from efcp_jax.passes import reference
-from efcp_jax.passes.bisection import largest
-from efcp_jax.passes.entries import SparseRow, Stored, Tiled
-from efcp_jax.passes.matching import MOST_MATCHES, argmax_rounds, matched
-from efcp_jax.passes.places import chunk_products, positions, shape
-from efcp_jax.passes.runs import part, sweep, write
+from efcp_jax.passes import selection
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.places import MOST_MATCHES, matched, place, positions, taken
+from efcp_jax.passes.reference import residual as residual
 
 
 # Rounds of argmax that take less time than a bisection.
@@ -34,119 +32,70 @@ _COMBINE = 1 << 12
 _FEWEST_ROUNDS = 8
 
 
-def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
-    """Return the entries of largest magnitude of every block; see `tiles`."""
-    few = kept <= _MOST_ROUNDS
-    offsets = argmax_rounds(vector, kept) if few else largest(vector, kept)
-    values = jnp.take_along_axis(vector, offsets, axis=1)
-    return reference.to_tiles(values, lanes), reference.to_tiles(offsets, lanes)
+def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block."""
+    return selection.select(form, vector, _MOST_ROUNDS)
 
 
-def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Return `vector` less the `values` at their places, in place."""
-    values, offsets = reference.from_tiles(values), reference.from_tiles(offsets)
-    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
-    return vector.at[block, offsets.astype(jnp.int32)].add(-values, unique_indices=True)
-
-
-def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
+def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    kept, dtype = row.values.shape[1], row.values.dtype
 
-    def products(rows: Tiled, start: Any, chunk: int) -> jax.Array:
+    def products(values: jax.Array, offsets: jax.Array, start: Any, chunk: int):
         newest = part(row, start, chunk)
-        if kept <= MOST_MATCHES:
-            return matched(rows, newest)
-        return _taken(rows, reference.scatter(newest, size))
+        if form.tile and form.kept <= MOST_MATCHES:
+            return matched(values, offsets, newest)
+        return values * taken(form, place(form, *newest), offsets)
 
-    return _summed(window, products, kept, dtype)
+    return _summed(form, window, products, row.values.dtype)
 
 
-def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
-    lanes = window.values.shape[2]
 
-    def products(rows: Tiled, start: Any, chunk: int) -> jax.Array:
-        blocks = lax.dynamic_slice_in_dim(vector, start * lanes, chunk * lanes)
-        return _taken(rows, blocks)
+    def products(values: jax.Array, offsets: jax.Array, start: Any, chunk: int):
+        at = start * form.lanes
+        blocks = lax.dynamic_slice_in_dim(vector, at, chunk * form.lanes)
+        return values * taken(form, blocks.reshape(-1), offsets)
 
-    return _summed(window, products, kept, vector.dtype)
-
-
-def _taken(rows: Tiled, vector: jax.Array) -> jax.Array:
-    """Return each entry of `rows` times that of `vector` at its place."""
-    offsets = reference.from_tiles(rows.offsets).astype(jnp.uint32)
-    taken = jnp.take_along_axis(vector, offsets, 1, mode="promise_in_bounds")
-    return rows.load(vector.dtype) * reference.to_tiles(taken, rows.values.shape[2])
+    return _summed(form, window, products, vector.dtype)
 
 
-def _summed(window: Tiled, products: Any, kept: int, dtype: Any) -> jax.Array:
-    """Return the sums of `products(rows, start, chunk)` of some tiles after others."""
-    tiles, entries, lanes = window.values.shape
-    of = lambda start, chunk: products(part(window, start, chunk), start, chunk)
+def _summed(form: Any, window: Stored, products: Any, dtype: Any) -> jax.Array:
+    """Return the sum for each row of `products(values, offsets, first unit, units)`."""
+    # Sums of whole chunks, entry by entry, are vectorised. A sum along a row would
+    # wait for each addition.
+    units, *shape = jax.tree.leaves(window)[0].shape
+
+    def of(start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), dtype)
+        return products(values, offsets, start, chunk)
+
+    # A sum over blocks and then over entries takes three times as long as one of both.
+    by_row = lambda x: jnp.sum(
+        x.reshape(len(x), -1, form.kept * form.lanes), axis=(0, 2)
+    )
     add = lambda total, start, chunk: total + of(start, chunk)
-    chunk = max(1, min(_INNER // (entries * lanes), tiles // _FEWEST_ROUNDS))
-    whole = tiles // chunk * chunk
-    zeros = varying.like(window, jnp.zeros((chunk, entries, lanes), dtype))
-    total = jnp.sum(sweep(whole, chunk, zeros, add), axis=(0, 2))
-    if whole < tiles:
-        total += jnp.sum(of(whole, tiles - whole), axis=(0, 2))
-    return jnp.sum(total.reshape(-1, kept), axis=1)
+    chunk = _INNER // (shape[0] * form.lanes)
+    chunk = min(chunk, units // _FEWEST_ROUNDS, indexed(form.size * form.lanes))
+    chunk = max(1, chunk)
+    whole = units // chunk * chunk
+    zeros = varying.like(window, jnp.zeros((chunk, *shape), dtype))
+    total = by_row(sweep(whole, chunk, zeros, add))
+    return total + by_row(of(whole, units - whole)) if whole < units else total
 
 
 def combine(
-    window: Tiled, weights: jax.Array, *, size: int, runs: Any
+    form: Any, window: Stored, weights: jax.Array, *, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    _, entries, lanes = window.values.shape
-    each = reference.per_entry(window, weights)
-
-    def sums(start: Any, chunk: int) -> jax.Array:
-        rows = part(window, start, chunk)
-        values = rows.load(weights.dtype) * each
-        block = jnp.arange(chunk * lanes, dtype=jnp.uint32).reshape(chunk, 1, lanes)
-        index = rows.offsets.astype(jnp.uint32) + size * block
-        zeros = jnp.zeros(chunk * lanes * size, weights.dtype)
-        return zeros.at[index.reshape(-1)].add(
-            values.reshape(-1), mode="promise_in_bounds"
-        )
-
-    chunk = max(1, _COMBINE // (entries * lanes))
-    return write(runs, lanes * size, chunk, sums, jnp.zeros_like(weights[0]))
-
-
-def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
-    """Return the inner products of the rows of `window` with `row`."""
-    # Sums of whole chunks, entry by entry, are vectorised. A sum along a row would
-    # wait for each addition.
-    count, entries = shape(window)
-    products = functools.partial(chunk_products, form, window, row)
-    add = lambda total, start, chunk: total + products(start, chunk)
-    chunk = min(_INNER // entries, count // _FEWEST_ROUNDS, indexed(form.size))
-    chunk = max(1, chunk)
-    whole = count // chunk * chunk
-    zeros = varying.like(window, jnp.zeros((chunk, entries), row.values.dtype))
-    # A sum over blocks and then over entries takes three times as long as one of both.
-    of_rows = lambda x: jnp.sum(form.by_block(x), axis=(0, 2))
-    total = of_rows(sweep(whole, chunk, zeros, add))
-    if whole < count:
-        total += of_rows(products(whole, count - whole))
-    return total
-
-
-def combine_large(
-    window: Stored, weights: jax.Array, *, form: Any, runs: Any
-) -> list[jax.Array]:
-    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    entries = shape(window)[1]
-    each = jnp.repeat(weights, form.kept)
+    each, unit = form.per_entry(weights), form.lanes * form.size
 
     def sums(start: Any, chunk: int) -> jax.Array:
         values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
-        index = positions(form.size, offsets).reshape(-1)
-        zeros = jnp.zeros(chunk * form.size, weights.dtype)
-        added = (values * each[None]).reshape(-1)
+        index = positions(form, offsets).reshape(-1)
+        zeros, added = jnp.zeros(chunk * unit, weights.dtype), (values * each).ravel()
         return zeros.at[index].add(added, mode="promise_in_bounds")
 
-    chunk = max(1, min(_COMBINE // entries, indexed(form.size)))
-    return write(runs, form.size, chunk, sums, jnp.zeros_like(weights[0]))
+    entries = len(weights) * form.kept * form.lanes
+    chunk = max(1, min(_COMBINE // entries, indexed(unit)))
+    return write(runs, unit, chunk, sums, jnp.zeros_like(weights[0]))

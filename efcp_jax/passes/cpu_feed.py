@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import quantized, varying
+from efcp_jax.devices.sections import part, sweep
 from efcp_jax.numerics import indexed, saturate
-from efcp_jax.passes.entries import Storage
-from efcp_jax.passes.runs import part
-from efcp_jax.passes.scaled import COMMUTING
+from efcp_jax.passes.entries import COMMUTING
 
 
 # Entries of a round: XLA writes half precision several times slower in smaller parts.
@@ -26,91 +25,59 @@ _ENTRIES = 1 << 20
 _MOST_ROUNDS = 64
 
 
-def feeds(form: Any, error: Any, storage: Storage, dtype: np.dtype) -> bool:
+def feeds(form: Any, error: Any, dtype: np.dtype) -> bool:
     """Return whether `feed` takes this error, and is worth it."""
     kept = jax.tree.leaves(error)[0]
     units, chunk = _rounds(form, kept.shape)
     narrow = kept.dtype.itemsize < 4 and dtype == jnp.float32
     fits = chunk < units and kept.size <= indexed()
-    return narrow and fits and storage.values.name in COMMUTING
+    return narrow and fits and form.storage.values.name in COMMUTING
 
 
 def feed(
-    error: Any,
-    accept: jax.Array,
-    count: jax.Array,
-    *,
-    form: Any,
-    sections: Any,
-    storage: Storage,
+    form: Any, error: Any, sections: Any, accept: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Add the gradient to the error, select, and leave what is not selected.
-
-    Args:
-        error: Shape `(blocks, size)`, as it is kept.
-        accept: Whether to add the gradient and to subtract what is selected.
-        count: The number of the step, by which an error of 8 bits is rounded.
-        form: `Tiles` or `LargeBlocks`.
-        sections: The gradient, entries laid end to end.
-        storage: How values are rounded.
-
-    Returns:
-        Rounded values, float32, and offsets, int32, in the shape of a row, and the new
-        error.
-    """
+    """Return rounded values and offsets of a row, and the error less them."""
     blocks, size = jax.tree.leaves(error)[0].shape
     units, chunk = _rounds(form, (blocks, size))
-    # The last round begins early enough to be as long as the others: another length
-    # would be another program.
-    firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
-    lanes = form.lanes
-    unit = lanes * size
-    read = sections.every([unit * first for first in firsts], unit * chunk)
+    unit, whole = form.lanes * size, units // chunk * chunk
+    reads = {
+        n: sections.every([unit * first for first in firsts], unit * n)
+        for n, firsts in ((chunk, range(0, whole, chunk)), (units % chunk, [whole]))
+        if n
+    }
 
-    def step(i: jax.Array, carry: Any) -> Any:
-        error, values, offsets = carry
-        start = jnp.minimum(i * chunk, units - chunk)
-
-        def fresh(array: jax.Array) -> jax.Array:
-            """Return for each line whether it is of this round, not of the last."""
-            each = len(array) // chunk
-            line = jnp.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
-            return line >= (i * chunk - start) * each
-
-        old = part(error, start * lanes, chunk * lanes)
-        before = quantized.load(old, jnp.float32)
-        new = fresh(before) & accept
-        gradient = jnp.where(new, read(i).reshape(-1, size), 0)
-        total = saturate(before + gradient, jnp.float32)
-        found, places = form.select(total)
+    def step(carry: Any, start: Any, n: int) -> Any:
+        old = part(carry[0], start * form.lanes, n * form.lanes)
+        gradient = reads[n](start // chunk if n == chunk else 0).reshape(-1, size)
+        total = quantized.load(old, jnp.float32)
+        total = saturate(total + jnp.where(accept, gradient, 0), jnp.float32)
+        values, offsets = form.select(total)
         # A scale for the row can be found behind the last round.
-        found = _near(storage, found, places)
-        rest = form.residual(total, jnp.where(fresh(found) & accept, found, 0), places)
-        rest = quantized.store(rest, old, new, count, start * lanes)
+        values = _near(form, values, offsets)
+        rest = form.residual(total, jnp.where(accept, values, 0), offsets)
+        rest = quantized.store(rest, old, accept, count, start * form.lanes)
         # Computed on all cores before it is written, which is done on one.
         rest = lax.optimization_barrier(rest)
-        write = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start * lanes, 0)
 
-        def fill(row: jax.Array, x: jax.Array) -> jax.Array:
-            held = lax.dynamic_slice_in_dim(row, start, chunk)
-            x = jnp.where(fresh(x), x, held)
-            return lax.dynamic_update_slice_in_dim(row, x, start, 0)
+        def write(array: jax.Array, new: jax.Array) -> jax.Array:
+            at = start * (len(new) // n)
+            return lax.dynamic_update_slice_in_dim(array, new, at, axis=0)
 
-        error = jax.tree.map(write, error, rest)
-        return error, fill(values, found), fill(offsets, places)
+        return jax.tree.map(write, carry, (rest, values, offsets))
 
     shape = form.row_shape(blocks)
     row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     start = varying.like((error, accept), (error, *row))
-    error, *row = lax.fori_loop(0, len(firsts), step, start)
+    error, *row = sweep(units, chunk, start, step)
     return *row, error
 
 
-def _near(storage: Storage, values: jax.Array, offsets: jax.Array) -> jax.Array:
+def _near(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return the values that are stored for a part of a row, within their range."""
-    if storage.scaled:
-        return storage.load(storage.store(values, offsets), jnp.float32)[0]
-    return saturate(values, storage.values).astype(jnp.float32)
+    if form.storage.scaled:
+        return form.storage.load(form.storage.store(values, offsets), jnp.float32)[0]
+    return saturate(values, form.storage.values).astype(jnp.float32)
 
 
 def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,11 +1,19 @@
-"""How the entries of sparse rows are stored: in two arrays, or in one of words.
+"""How the entries of sparse rows are stored: in two arrays, three, or one of words.
 
 A word holds an offset in its upper and a value of half precision in its lower 16 bits.
 One array of integers is overwritten where it lies, row by row, where XLA on CPUs passes
 over the whole of an array of half precision; and an entry is one number to load, whose
-two halves are a shift away. Values of 8 bits have scales in a third array.
+two halves are a shift away.
+
+Values of 8 bits are multiplied by a power of two that each row has for every tile, in a
+third array: that of the largest value of the row in the tile, so values of any
+magnitude can be stored, and multiplying by it rounds nothing. A tile of 128 blocks has
+one, which takes no memory to speak of; a row has none for all tiles together, since
+layers differ in the magnitude of their gradients, and devices would have to ask each
+other.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,8 +22,20 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.numerics import constant
-from efcp_jax.passes.scaled import ScaledRow, quantise
+from efcp_jax.numerics import constant, power_of_two, saturate
+
+
+# The largest number stored of each dtype of 8 bits, and the power of two that it lies
+# below: the largest value of a tile is brought there. What is above in between rounds
+# down, else another power of two would be found for a row that is stored anew.
+LIMITS = {"int8": (127, 2**7), "float8_e4m3fn": (240, 2**8)}
+
+# The dtypes there are of 8 bits.
+DTYPES = tuple(LIMITS)
+
+# Those of which rounding commutes with multiplying by a power of two, so that a row can
+# be rounded before its scale is known. Small numbers vanish in float16.
+COMMUTING = ("float32", "bfloat16", *DTYPES)
 
 
 _NO_DERIVATIVE = (
@@ -29,7 +49,8 @@ class SparseRow(NamedTuple):
     """The kept entries of every block.
 
     Attributes:
-        values: The entries, shape `(blocks, k)`; a window has `(blocks, m, k)`.
+        values: The entries, shape `(blocks, k)` or `(tiles, k, lanes)`; a window of m
+            rows has m k in place of k.
         offsets: Their positions inside the block, of the same shape, in the smallest
             unsigned type that holds the block size.
     """
@@ -37,16 +58,30 @@ class SparseRow(NamedTuple):
     values: jax.Array
     offsets: jax.Array
 
-    def load(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Return the values in `dtype`."""
-        return self.values.astype(dtype)
+
+class ScaledRow(NamedTuple):
+    """The kept entries of every block, with values of 8 bits.
+
+    Attributes:
+        values: The entries over the scale of their tile, shape `(tiles, k, lanes)`; a
+            window has `(tiles, m k, lanes)`.
+        offsets: Their positions inside the block, of the same shape.
+        scales: The power of two of each tile, bfloat16, shape `(tiles, 1)`; a window
+            has `(tiles, m)`.
+    """
+
+    values: jax.Array
+    offsets: jax.Array
+    scales: jax.Array
+
+    def per_entry(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Return the scale of each entry of a block, `(tiles, m k)`, in `dtype`."""
+        kept = self.values.shape[1] // self.scales.shape[1]
+        return jnp.repeat(self.scales.astype(dtype), kept, axis=1)
 
 
-# A row of small blocks, or a window of rows, as it is stored.
-Tiled: TypeAlias = SparseRow | ScaledRow
-
-# The same of blocks of any size.
-Stored: TypeAlias = Tiled | jax.Array
+# Rows as they are stored.
+Stored: TypeAlias = SparseRow | ScaledRow | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +142,12 @@ class Storage:
     def load(
         self, stored: Stored, dtype: jax.typing.DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the values in `dtype` and the offsets.
-
-        They are of 32 bits and unsigned, so that indexing looks for no negative ones.
-        """
-        if isinstance(stored, Tiled):
-            return stored.load(dtype), stored.offsets.astype(jnp.uint32)
+        """Return the values in `dtype`, and the offsets in an integer type."""
+        if isinstance(stored, SparseRow):
+            return stored.values.astype(dtype), stored.offsets
+        if isinstance(stored, ScaledRow):
+            scales = stored.per_entry(dtype)[:, :, None]
+            return stored.values.astype(dtype) * scales, stored.offsets
         if self.values == jnp.bfloat16:
             # The upper half of a float32.
             values = lax.bitcast_convert_type(stored << 16, jnp.float32)
@@ -128,3 +163,38 @@ def offset_dtype(block_size: int) -> np.dtype:
         if block_size - 1 <= jnp.iinfo(dtype).max:
             return jnp.dtype(dtype)
     return jnp.dtype(jnp.int32)
+
+
+def quantise(values: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """Return the values of a row in one of `DTYPES`, and the scale of each tile.
+
+    A tile with an entry that is not finite becomes NaN: 8 bits hold none.
+    """
+    peak = jnp.max(jnp.abs(values), axis=(1, 2), keepdims=True)
+    scale, rounded = rounding(peak, dtype)
+    scale = jnp.where(jnp.isfinite(peak), scale, jnp.nan)
+    return rounded(values).astype(dtype), scale[:, :, 0].astype(jnp.bfloat16)
+
+
+def rounding(
+    peak: jax.Array, dtype: np.dtype
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Return the scale of values up to `peak`, and what divides by it and rounds.
+
+    Kernels round so as well, and know what is left of values before they are stored.
+    """
+    most, above = LIMITS[dtype.name]
+    # In float32, whose powers of two are those of bfloat16. What is too small for the
+    # least of them becomes 0.
+    scale, inverse = power_of_two(saturate(peak * (1 / above), jnp.float32))
+
+    def rounded(values: jax.Array) -> jax.Array:
+        scaled = jnp.clip(values * inverse.astype(values.dtype), -most, most)
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jnp.round(scaled)
+        # A compiler may round twice, to half precision first.
+        info = jnp.finfo(dtype)
+        step = jnp.maximum(jnp.frexp(scaled)[1] - 1, info.minexp) - info.nmant
+        return jnp.ldexp(jnp.round(jnp.ldexp(scaled, -step)), step)
+
+    return scale, rounded

@@ -1,79 +1,69 @@
-"""Passes over small blocks on GPUs: fused comparisons, each sum in one fixed order.
+"""Passes on GPUs: fused comparisons, each sum in one fixed order.
 
 A scattered addition of floats would use atomics, whose order differs from run to run.
-Comparing each entry with every place of its block takes no temporary, and less time
+Comparing each entry with every place of a small block takes no temporary, and less time
 than the bytes of the window while the window has a few hundred rows.
 """
 
-import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax import varying
-from efcp_jax.numerics import indexed
-from efcp_jax.passes import reference
-from efcp_jax.passes.entries import SparseRow, Stored, Tiled
-from efcp_jax.passes.matching import (
-    MOST_MATCHES,
-    by_row,
-    combine as combine,
-    matched,
-    residual as residual,
-    select as select,
-    spread,
-)
-from efcp_jax.passes.places import chunk_products, in_reach, place, shape
-from efcp_jax.passes.runs import sweep
+from efcp_jax.passes import large, reference, selection
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.places import MOST_MATCHES, matched
 
 
-# Entries of a window of large blocks gathered at a time, to keep all cores busy.
-_INNER = 1 << 24
+def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block."""
+    return selection.select(form, vector, MOST_MATCHES)
 
 
-def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
+def residual(
+    form: Any, vector: jax.Array, values: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    """Return `vector` less the `values` at their places."""
+    if not form.tile:
+        return reference.residual(form, vector, values, offsets)
+    return vector - _spread(form, values, offsets)
+
+
+def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    kept = row.values.shape[1]
-    if kept > MOST_MATCHES:
-        return dot(window, spread(row, size), kept=kept)
-    return by_row(matched(window, row), kept)
+    if not form.tile:
+        return large.inner(form, window, row)
+    if form.kept > MOST_MATCHES:
+        return dot(form, window, _spread(form, *row))
+    values, offsets = form.storage.load(window, row.values.dtype)
+    return by_row(form, matched(values, offsets, row))
 
 
-def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
-    lanes = window.values.shape[2]
-    offsets = reference.from_tiles(window.offsets).astype(jnp.uint32)
-    taken = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
-    return by_row(window.load(vector.dtype) * reference.to_tiles(taken, lanes), kept)
+    return (reference if form.tile else large).dot(form, window, vector)
 
 
-def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
-    """Return the inner products of the rows of `window` with `row`."""
-    count, entries = shape(window)
-    products = functools.partial(chunk_products, form, window, row)
-    add = lambda total, start, chunk: total + jnp.sum(products(start, chunk), axis=0)
-    chunk = max(1, min(_INNER // entries, indexed(form.size)))
-    zeros = varying.like(window, jnp.zeros(entries, row.values.dtype))
-    total = sweep(count, chunk, zeros, add)
-    return jnp.sum(total.reshape(-1, form.kept), axis=1)
-
-
-def combine_large(
-    window: Stored, weights: jax.Array, *, form: Any, runs: Any
+def combine(
+    form: Any, window: Stored, weights: jax.Array, *, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
+    if not form.tile:
+        return large.combine(form, window, weights, runs=runs)
+    values, offsets = form.storage.load(window, weights.dtype)
+    sums = _spread(form, values * form.per_entry(weights), offsets)
+    return reference.cut(sums, runs)
 
-    def sums(window: Stored) -> jax.Array:
-        def add(i: Any, total: jax.Array) -> jax.Array:
-            slot = lambda leaf: lax.dynamic_slice_in_dim(
-                leaf, i * form.kept, form.kept, axis=1
-            )
-            row = form.storage.load(jax.tree.map(slot, window), weights.dtype)
-            return place(form.size, row[1], row[0] * weights[i], total)
 
-        zeros = jnp.zeros(shape(window)[0] * form.size, weights.dtype)
-        return lax.fori_loop(0, len(weights), add, varying.like(window, zeros))
+def by_row(form: Any, products: jax.Array) -> jax.Array:
+    """Return the sum of the products of each row, `(tiles, m k, lanes)` to `(m,)`."""
+    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, form.kept), axis=1)
 
-    return reference.cut(in_reach(window, form.size, sums), runs)
+
+def _spread(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return the blocks `(blocks, size)` that entries add up to, by comparison."""
+    at = lax.broadcasted_iota(offsets.dtype, (1, 1, 1, form.size), 3)
+    here = offsets[..., None] == at
+    blocks = jnp.sum(jnp.where(here, values[..., None], 0), axis=1)
+    return blocks.reshape(-1, form.size)

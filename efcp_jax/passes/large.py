@@ -1,119 +1,121 @@
-"""Passes over sparse rows of blocks of more than 256 entries, by platform.
+"""Passes over blocks of more than 256 entries on accelerators.
 
-A row is `(blocks, k)` entries, as `entries.Storage` stores them, and a window of m rows
-`(blocks, m k)`.
+Each sum is in one fixed order: GPUs scatter row after row, whose entries lie at places
+of their own; TPUs, slow at gathers and scatters, compare offsets and multiply.
 """
 
-import dataclasses
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.passes.bisection import largest
-from efcp_jax.passes.entries import SparseRow, Storage, Stored
-from efcp_jax.passes.platforms import by_platform
+from efcp_jax import varying
+from efcp_jax.devices.sections import part, sweep
+from efcp_jax.numerics import indexed
+from efcp_jax.passes import reference
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.places import place, taken
 
 
-@dataclasses.dataclass(frozen=True)
-class LargeBlocks:
-    """The passes over blocks of one size.
+# Entries of a window gathered at a time, to keep all cores busy, and of one of which
+# sums are made at a time by products.
+_GATHERED = 1 << 24
+_MULTIPLIED = 1 << 20
 
-    Attributes:
-        size: Entries a block.
-        kept: Entries kept of each block, in [1, size].
-        storage: How entries are stored.
+
+def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
+    """Return the inner products of the rows of `window` with `row`, by gathers."""
+    blocks, entries = _shape(window)
+
+    def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), total.dtype)
+        vector = place(form, *part(row, start, chunk))
+        return total + jnp.sum(values * taken(form, vector, offsets), axis=0)
+
+    chunk = max(1, min(_GATHERED // entries, indexed(form.size)))
+    zeros = varying.like(window, jnp.zeros(entries, row.values.dtype))
+    total = sweep(blocks, chunk, zeros, add)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
+def compared(form: Any, window: Stored, row: SparseRow) -> jax.Array:
+    """Return what `inner` does, by comparing every two entries of a block."""
+    values, offsets = form.storage.load(window, row.values.dtype)
+    same = offsets[:, :, None] == row.offsets[:, None, :]
+    at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
+    total = jnp.sum(values * at, axis=0)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
+def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
+    """Return the inner products of the rows of `window` with a vector, row by row."""
+    one = lambda slot: reference.dot(form, _row(form, window, slot), vector)[0]
+    rows = _shape(window)[1] // form.kept
+    return lax.map(one, jnp.arange(rows, dtype=jnp.int32))
+
+
+def combine(
+    form: Any, window: Stored, weights: jax.Array, *, runs: Any, sums: Any = None
+) -> list[jax.Array]:
+    """Return the sum of the rows of `window` times `weights`, cut into leaves.
+
+    Of its blocks as many are taken at once as indices reach.
     """
+    most, count = indexed(form.size), _shape(window)[0]
+    some = lambda first: jax.tree.map(lambda x: x[first : first + most], window)
+    parts = [
+        (sums or _row_by_row)(form, some(first), weights)
+        for first in range(0, count, most)
+    ]
+    return reference.cut(jnp.concatenate(parts), runs)
 
-    size: int
-    kept: int
-    storage: Storage
 
-    @property
-    def lanes(self) -> int:
-        """Blocks that lie side by side: one."""
-        return 1
+def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        row = _row(form, window, i)
+        values, offsets = form.storage.load(row, weights.dtype)
+        return place(form, values * weights[i], offsets, total)
 
-    def row_shape(self, count: int) -> tuple[int, int]:
-        """Return the shape of the entries of a row of `count` blocks."""
-        return count, self.kept
+    zeros = jnp.zeros(_shape(window)[0] * form.size, weights.dtype)
+    return lax.fori_loop(0, len(weights), add, varying.like(window, zeros))
 
-    def share(self, values: jax.Array, shares: jax.Array | None) -> jax.Array:
-        """Return the values of a row times one number for each block."""
-        return values if shares is None else values * shares[:, None]
 
-    def by_block(self, entries: Any) -> Any:
-        """Return entries `(blocks, m k)` as `(blocks, m, k)`."""
-        return entries.reshape(len(entries), -1, self.kept)
+def by_digits(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
+    """Return the sum of rows, laid end to end, by products of matrices.
 
-    def from_blocks(self, entries: Any) -> Any:
-        """Undo `by_block`."""
-        return entries.reshape(len(entries), -1)
+    An offset is a number of two digits. What says which entry has which first digit,
+    times what says which has which second one and how much, is the sum.
+    """
+    blocks, entries = _shape(window)
+    low = 2 ** math.ceil(math.log2(form.size) / 2)
+    high = -(-form.size // low)
 
-    def select(self, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return values and offsets, int32, of the largest entries of every block.
-
-        Among equal magnitudes the first come first; offsets ascend. Shapes
-        `(blocks, kept)`.
-        """
-        offsets = largest(vector, self.kept)
-        return jnp.take_along_axis(vector, offsets, axis=1), offsets
-
-    def residual(
-        self, vector: jax.Array, values: jax.Array, offsets: jax.Array
-    ) -> jax.Array:
-        """Return `vector` less `values` at `offsets`, `(blocks, k)`, where it lies."""
-        block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
-        return vector.at[block, offsets.astype(jnp.int32)].add(
-            -values, unique_indices=True
+    def write(out: jax.Array, start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
+        digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
+        offsets = offsets.astype(jnp.uint32)[:, :, None]
+        first, second = offsets // low == digits(high), offsets % low == digits(low)
+        weighted = (values * form.per_entry(weights))[:, :, None]
+        sums = jnp.einsum(
+            "bnh,bnl->bhl",
+            first.astype(weights.dtype),
+            jnp.where(second, weighted, 0),
+            precision=lax.Precision.HIGHEST,
         )
+        sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
+        return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
 
-    def inner(self, window: Stored, row: SparseRow) -> jax.Array:
-        """Return the inner products of the rows of `window` with `row`.
+    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
+    return sweep(blocks, max(1, _MULTIPLIED // entries), zeros, write)
 
-        Args:
-            window: The rows as they are stored, `(blocks, m k)`.
-            row: One more row, `(blocks, k)`, with values in the dtype of the result.
 
-        Returns:
-            Array of shape `(m,)`.
-        """
-        return by_platform("inner_large", window, row, form=self)
+def _row(form: Any, window: Stored, slot: Any) -> Stored:
+    some = lambda x: lax.dynamic_slice_in_dim(x, slot * form.kept, form.kept, axis=1)
+    return jax.tree.map(some, window)
 
-    def dot(self, window: Stored, vector: jax.Array) -> jax.Array:
-        """Return the inner products of the rows of `window` with any vector.
 
-        Args:
-            window: The rows as they are stored, `(blocks, m k)`.
-            vector: Shape `(blocks, size)`, in the dtype of the result.
-
-        Returns:
-            Array of shape `(m,)`.
-        """
-
-        def one(slot: jax.Array) -> jax.Array:
-            # A row at a time, and behind a barrier that depends on the round, or XLA on
-            # CPUs would make a window of float32 in front of the loop.
-            rows, slot = lax.optimization_barrier((window, slot))
-            cut = lambda x: lax.dynamic_slice_in_dim(x, slot * self.kept, self.kept, 1)
-            row = self.storage.load(jax.tree.map(cut, rows), vector.dtype)
-            taken = jnp.take_along_axis(vector, row[1], 1, mode="promise_in_bounds")
-            return jnp.sum(row[0] * taken)
-
-        size = jax.tree.leaves(window)[0].shape[1] // self.kept
-        return lax.map(one, jnp.arange(size, dtype=jnp.int32))
-
-    def combine(self, window: Stored, weights: jax.Array, runs: Any) -> list[jax.Array]:
-        """Return the sum of the rows of `window` times `weights`, cut into leaves.
-
-        Args:
-            window: The rows as they are stored, `(blocks, m k)`.
-            weights: One for each row, shape `(m,)`, in the dtype of the result.
-            runs: The sizes of the leaves that the blocks hold end to end, in groups: a
-                CPU writes the leaves of a group together.
-
-        Returns:
-            One flat array for each leaf, in order.
-        """
-        return by_platform("combine_large", window, weights, form=self, runs=runs)
+def _shape(window: Stored) -> tuple[int, ...]:
+    """Return the numbers of blocks, and of entries of all rows of a block."""
+    return jax.tree.leaves(window)[0].shape

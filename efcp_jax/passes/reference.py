@@ -1,7 +1,7 @@
 """The passes over sparse rows, as plainly as they can be written.
 
 No platform is thought of here: this is what the forms of `cpu`, `gpu` and `tpu` must
-compute, and the form of every other platform.
+compute, and the form of every other platform. What each pass means says `forms.Form`.
 """
 
 from typing import Any
@@ -10,78 +10,51 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.passes.entries import SparseRow, Stored, Tiled
+from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.selection import magnitudes
 
 
-def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
-    """Return the `kept` entries of largest magnitude of every block; see `tiles`."""
+def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the entries of largest magnitude of every block."""
     order = jnp.argsort(-magnitudes(vector), axis=1, stable=True)
-    offsets = to_tiles(jnp.sort(order[:, :kept], axis=1).astype(jnp.int32), lanes)
-    return take(vector, offsets=offsets)
+    offsets = jnp.sort(order[:, : form.kept], axis=1).astype(jnp.int32)
+    return take(form, vector, form.from_blocks(offsets))
 
 
-def take(vector: jax.Array, *, offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the values of `vector` at `offsets`, and `offsets`."""
-    values = jnp.take_along_axis(vector, from_tiles(offsets), axis=1)
-    return to_tiles(values, offsets.shape[2]), offsets
+def take(form: Any, vector: jax.Array, offsets: jax.Array) -> tuple[Any, Any]:
+    """Return the values of `vector` at `offsets` of a row, and `offsets`."""
+    values = jnp.take_along_axis(vector, form.blocks(offsets), axis=1)
+    return form.from_blocks(values), offsets
 
 
-def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Return `vector` less the `values` at their places."""
-    values, offsets = from_tiles(values), from_tiles(offsets)
-    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
-    return vector.at[block, offsets].add(-values)
+def residual(
+    form: Any, vector: jax.Array, values: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    """Return `vector` less the `values` at their places, which are of one row."""
+    return _at(form, vector, offsets).add(-form.blocks(values), unique_indices=True)
 
 
-def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
+def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    return dot(window, scatter(row, size), kept=row.values.shape[1])
+    return dot(form, window, _scatter(form, *row))
 
 
-def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
-    offsets = from_tiles(window.offsets).astype(jnp.int32)
-    at = jnp.take_along_axis(vector, offsets, axis=1)
-    products = from_tiles(window.load(vector.dtype)) * at
-    return jnp.sum(products.reshape(len(vector), -1, kept), axis=(0, 2))
+    values, offsets = map(form.blocks, form.storage.load(window, vector.dtype))
+    # Unsigned and in reach: nothing is compared with the ends of a block.
+    places = offsets.astype(jnp.uint32)
+    taken = jnp.take_along_axis(vector, places, axis=1, mode="promise_in_bounds")
+    products = (values * taken).reshape(len(vector), -1, form.kept)
+    return jnp.sum(products, axis=(0, 2))
 
 
 def combine(
-    window: Tiled, weights: jax.Array, *, size: int, runs: Any
+    form: Any, window: Stored, weights: jax.Array, *, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    weighted = window.load(weights.dtype) * per_entry(window, weights)
-    return cut(scatter(SparseRow(weighted, window.offsets), size), runs)
-
-
-def scatter(row: SparseRow, size: int) -> jax.Array:
-    """Return the blocks `(blocks, size)` that the entries of `row` add up to."""
-    return positioned(from_tiles(row.values), from_tiles(row.offsets), size)
-
-
-def magnitudes(x: jax.Array) -> jax.Array:
-    """Return integers that order like the magnitudes of `x`.
-
-    Without its sign, the bit pattern of a float orders like its magnitude: infinity
-    above all numbers and NaN above infinity.
-    """
-    dtype = jnp.dtype(f"int{8 * x.dtype.itemsize}")
-    return lax.bitcast_convert_type(x, dtype) & jnp.iinfo(dtype).max
-
-
-def per_entry(window: Tiled, weights: jax.Array) -> jax.Array:
-    """Return the weight of the row of each entry of a tile, `(1, n, 1)`."""
-    return jnp.repeat(weights, window.values.shape[1] // len(weights))[None, :, None]
-
-
-def to_tiles(entries: jax.Array, lanes: int) -> jax.Array:
-    """Return `entries`, `(blocks, n)`, as `(tiles, n, lanes)`."""
-    return entries.reshape(-1, lanes, entries.shape[1]).swapaxes(1, 2)
-
-
-def from_tiles(entries: jax.Array) -> jax.Array:
-    """Return `entries`, `(tiles, n, lanes)`, as `(blocks, n)`."""
-    return entries.swapaxes(1, 2).reshape(-1, entries.shape[1])
+    values, offsets = form.storage.load(window, weights.dtype)
+    return cut(_scatter(form, values * form.per_entry(weights), offsets), runs)
 
 
 def cut(blocks: jax.Array, runs: Any) -> list[jax.Array]:
@@ -93,24 +66,12 @@ def cut(blocks: jax.Array, runs: Any) -> list[jax.Array]:
     return leaves
 
 
-def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
-    """Return the inner products of the rows of `window` with `row`."""
-    values, offsets = form.storage.load(window, row.values.dtype)
-    dense = positioned(row.values, row.offsets, form.size)
-    products = values * jnp.take_along_axis(dense, offsets, axis=1)
-    return jnp.sum(products.reshape(len(dense), -1, form.kept), axis=(0, 2))
+def _scatter(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Return the blocks that entries add up to."""
+    zeros = jnp.zeros((values.size // values.shape[1], form.size), values.dtype)
+    return _at(form, zeros, offsets).add(form.blocks(values))
 
 
-def combine_large(
-    window: Stored, weights: jax.Array, *, form: Any, runs: Any
-) -> list[jax.Array]:
-    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    values, offsets = form.storage.load(window, weights.dtype)
-    weighted = values * jnp.repeat(weights, form.kept)[None]
-    return cut(positioned(weighted, offsets, form.size), runs)
-
-
-def positioned(values: jax.Array, offsets: jax.Array, size: int) -> jax.Array:
-    """Return the blocks `(blocks, size)` that entries `(blocks, n)` add up to."""
-    block = jnp.arange(len(values), dtype=jnp.int32)[:, None]
-    return jnp.zeros((len(values), size), values.dtype).at[block, offsets].add(values)
+def _at(form: Any, vector: jax.Array, offsets: jax.Array) -> Any:
+    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
+    return vector.at[block, form.blocks(offsets).astype(jnp.int32)]

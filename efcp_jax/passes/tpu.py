@@ -1,156 +1,218 @@
-"""Passes over sparse rows on TPUs: registers are compared, nothing is gathered.
+"""Passes on TPUs: registers are compared, nothing is gathered.
 
 A tile is 128 blocks, one a lane of a register. Entries are found by comparing offsets,
 with one another or with all entries of a block. Where XLA moves no more than it must,
-its form is used; the others are kernels, for tiles of 128 blocks. Models of fewer
-blocks are one tile of them, all left to XLA.
+its form is used, as on GPUs; the others are kernels, for tiles of 128 blocks. Models of
+fewer blocks are one tile of them, all left to XLA, and so are values of float16, which
+kernels cannot load. XLA's own inner products move as little as the kernel, but where a
+window fits into fast memory XLA moves it there whole, and back again once a row has
+been inserted: twice the bytes of a step.
 
 Where m k is a multiple of 8, XLA keeps windows in the order in which kernels read them;
 any other window is copied before a kernel reads it.
 """
 
-import functools
 import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
-from efcp_jax import varying
-from efcp_jax.experimental import pltpu
-from efcp_jax.passes import (
-    matching,
-    reference,
-    tpu_add,
-    tpu_inner,
-    tpu_select,
-    tpu_tiles,
-)
-from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored, Tiled
-from efcp_jax.passes.places import in_reach, shape
-from efcp_jax.passes.runs import part, sweep
-from efcp_jax.passes.scaled import COMMUTING
-from efcp_jax.passes.tpu_feed import feed as feed
+from efcp_jax.experimental import pl, pltpu
+from efcp_jax.passes import gpu, large, reference, tpu_tiles as layout
+from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored
+from efcp_jax.passes.gpu import residual as residual, select as select
+from efcp_jax.passes.places import matched
+from efcp_jax.passes.tpu_feed import feed as feed, feeds as feeds
 from efcp_jax.passes.tpu_tiles import LANES
-from efcp_jax.quantized import Quantized
+from efcp_jax.varying import struct
 
 
-# Entries of a window of large blocks that are summed at a time.
-_COMBINE = 1 << 20
+# Entries of a window that a program holds: for products with a row, and for sums of
+# rows, of which more are added by several programs.
+_INNER = 256
+_COMBINE = 1024
+
+# Entries loaded at a time to be added. Loads of 8-bit numbers take 32 sublanes.
+_STEP = 32
 
 
-def select(vector: jax.Array, *, kept: int, lanes: int) -> tuple[jax.Array, jax.Array]:
-    """Return the entries of largest magnitude of every block; see `tiles`."""
-    if kept == vector.shape[1]:
-        values = reference.to_tiles(vector, lanes)
-        return values, lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    if tpu_tiles.fits(vector, lanes):
-        return tpu_select.select(vector, kept)
-    return matching.select(vector, kept=kept, lanes=lanes)
-
-
-def residual(vector: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Return `vector` less the `values` at their places."""
-    if tpu_tiles.fits(vector, values.shape[2]):
-        weights = jnp.full(1, -1, vector.dtype)
-        return tpu_add.add(values, offsets, weights, vector.shape[1], vector)
-    return matching.residual(vector, values, offsets)
-
-
-def inner(window: Tiled, row: SparseRow, *, size: int) -> jax.Array:
+def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    del size
-    if tpu_tiles.fits(row.values, window.values.shape[2]):
-        scales = _scales(window, row.values.dtype)
-        stored = window.values, window.offsets
-        products = tpu_inner.inner(*stored, *row, scales=scales)
-    else:
-        products = jnp.sum(matching.matched(window, row), axis=(0, 2))
-    return jnp.sum(products.reshape(-1, row.values.shape[1]), axis=1)
+    if not form.tile:
+        return large.compared(form, window, row)
+    if _kernels_read(form, row.values.dtype):
+        return _inner(form, window, row)
+    values, offsets = form.storage.load(window, row.values.dtype)
+    return gpu.by_row(form, matched(values, offsets, row))
 
 
-def dot(window: Tiled, vector: jax.Array, *, kept: int) -> jax.Array:
+def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
-    size = vector.shape[1]
-    blocks = reference.to_tiles(vector, window.values.shape[2])
-    places = lax.broadcasted_iota(window.offsets.dtype, (1, 1, size, 1), 2)
-    here = window.offsets[:, :, None] == places
-    taken = jnp.sum(jnp.where(here, blocks[:, None], 0), axis=2)
-    return matching.by_row(window.load(vector.dtype) * taken, kept)
+    if not form.tile:
+        return large.dot(form, window, vector)
+    values, offsets = form.storage.load(window, vector.dtype)
+    places = lax.broadcasted_iota(offsets.dtype, (1, 1, form.size, 1), 2)
+    here = offsets[:, :, None] == places
+    at = jnp.sum(jnp.where(here, form.from_blocks(vector)[:, None], 0), axis=2)
+    return gpu.by_row(form, values * at)
 
 
 def combine(
-    window: Tiled, weights: jax.Array, *, size: int, runs: Any
+    form: Any, window: Stored, weights: jax.Array, *, runs: Any
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    if not tpu_tiles.fits(weights, window.values.shape[2]):
-        return matching.combine(window, weights, size=size, runs=runs)
-    scales = _scales(window, weights.dtype)
-    stored = window.values, window.offsets
-    blocks = tpu_add.add(*stored, weights, size, scales=scales)
-    leaves = reference.cut(blocks, runs)
+    if not form.tile:
+        return large.combine(form, window, weights, runs=runs, sums=large.by_digits)
+    if not _kernels_read(form, weights.dtype):
+        return gpu.combine(form, window, weights, runs=runs)
+    leaves = reference.cut(_combine(form, window, weights), runs)
     if len(leaves) == 1:  # can be cut by what is done with it next
         return leaves
     # Else XLA would give the whole vector the shape of each kind of leaf in turn.
     return lax.optimization_barrier(leaves)
 
 
-def feeds(error: Any, dtype: np.dtype, lanes: int) -> bool:
-    """Return whether `feed` takes this error and values of `dtype`."""
-    if isinstance(error, Quantized):
-        # Bytes are turned where the entries of a block fill lanes.
-        fits = error.values.shape[1] % LANES == 0
+def _kernels_read(form: Any, dtype: Any) -> bool:
+    return layout.fits(form, dtype) and form.storage.values != jnp.float16
+
+
+def _inner(form: Any, window: Any, row: SparseRow) -> jax.Array:
+    tiles, entries, _ = window.values.shape
+    kept, held = form.kept, min(entries, _INNER)
+    group = layout.group(tiles, _width(form) * held + 8 * kept)
+    part = pl.BlockSpec((group, held, LANES), lambda j, i: (i, j, 0))
+    facing = pl.BlockSpec((group, kept, LANES), lambda j, i: (i, 0, 0))
+    line = pl.BlockSpec((group, 1, held + -held % LANES), lambda j, i: (i, 0, j))
+    lines = _scales(window)
+
+    def inner(values, offsets, row_values, row_offsets, *refs):
+        *scales, out = refs
+        step = pl.program_id(1)
+
+        @pl.when(step == 0)
+        def _():
+            out[...] = jnp.zeros_like(out)
+
+        def tile(t, _):
+            row = SparseRow(row_values[t], row_offsets[t])
+            places = offsets[t].astype(jnp.int32)
+            at = jnp.zeros(places.shape, jnp.float32)
+            for i in range(kept):
+                # A sum, so that entries of value 0 may share a place with another.
+                here = places == row.offsets[i : i + 1]
+                at += jnp.where(here, row.values[i : i + 1], 0.0)
+            if scales:
+                at *= layout.column(scales[0][t])[: len(at)]
+            out[...] += layout.floats(values[t]) * at
+            return 0
+
+        # Behind the last tile there is nothing to be added.
+        lax.fori_loop(0, jnp.minimum(group, tiles - step * group), tile, 0)
+
+    sums = layout.launch(
+        inner,
+        *(*window[:2], row.values, row.offsets.astype(jnp.int32), *lines),
+        main=[0, 1],
+        order=("arbitrary",),
+        grid=(-(-entries // held), -(-tiles // group)),
+        in_specs=[part, part, facing, facing, *[line] * len(lines)],
+        out_specs=pl.BlockSpec((held, LANES), lambda j, i: (j, 0)),
+        out_shape=struct((entries, LANES), jnp.float32, window.values),
+    )
+    return jnp.sum(jnp.sum(sums, axis=1).reshape(-1, kept), axis=1)
+
+
+def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
+    size, (tiles, entries, _) = form.size, window.values.shape
+    held = min(entries, _COMBINE)
+    group = layout.group(tiles, _width(form) * held + 4 * size)
+    part = pl.BlockSpec((group, held, LANES), lambda i, j: (i, j, 0))
+    each = pl.BlockSpec((held, LANES), lambda i, j: (j, 0))
+    weights = jnp.repeat(weights, form.kept)
+    columns = []
+    if lines := _scales(window, weights[None]):
+        (weights,) = lines
+        line = min(weights.shape[2], _COMBINE)
+        each = pl.BlockSpec((group, 1, line), lambda i, j: (i, 0, j))
+        columns = [pltpu.VMEM((line, LANES), jnp.float32)]
     else:
-        fits = error.dtype.name in ("float32", "bfloat16")
-    fits = fits and pltpu is not None and dtype.name in COMMUTING
-    return fits and lanes == LANES
+        weights = jnp.broadcast_to(weights[:, None], (entries, LANES))
+    shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
+    total = layout.launch(
+        _adding(size, form.kept, entries),
+        *(*window[:2], weights),
+        main=[0, 1],
+        # In any order, but for those that add to the same blocks.
+        order=("arbitrary",),
+        grid=(-(-tiles // group), -(-entries // held)),
+        in_specs=[part, part, each],
+        out_specs=layout.vector_spec(group, size),
+        out_shape=struct(shape, jnp.float32, window.values),
+        scratch_shapes=columns,
+    )
+    return layout.turn(total, size)
 
 
-def _scales(window: Tiled, dtype: np.dtype) -> jax.Array | None:
-    """Return the scale of each entry of each tile, if there are any."""
-    return window.per_entry(dtype) if isinstance(window, ScaledRow) else None
+def _adding(size: int, kept: int, entries: int) -> Any:
+    """Return a kernel that adds the held entries of one tile after the other."""
+
+    def combine(values, offsets, weights, out, *columns):
+        part, held = pl.program_id(1), values.shape[1]
+        steps = lax.div(jnp.minimum(held, entries - part * held), _STEP)
+        # Entries that do not fill a step come at the end of the last part.
+        rest = entries % _STEP
+        first_of_rest = (entries - 1) % held + 1 - rest
+        last = (part == pl.num_programs(1) - 1).astype(jnp.int32)
+        # Where every tile has weights of its own, they are turned into a column.
+        (column,) = columns or (weights,)
+
+        @pl.when(part == 0)
+        def _():
+            out[...] = jnp.zeros_like(out)
+
+        def strip(t, low):
+            """Add to up to 128 entries of the blocks of a tile."""
+            high = min(size, low + LANES)
+            entry = low + lax.broadcasted_iota(jnp.int32, (high - low, LANES), 0)
+
+            def add(first, count, total):
+                span = pl.ds(first, count)
+                weighted = layout.floats(values[t, span, :]) * column[span, :]
+                places = offsets[t, span, :].astype(jnp.int32)
+                distinct = math.gcd(kept, _STEP)
+                return layout.add(places, weighted, entry, distinct, total)
+
+            total = jnp.zeros(entry.shape, jnp.float32)
+            if held >= _STEP:
+                at = lambda i: pl.multiple_of(i * _STEP, _STEP)
+                step = lambda i, total: add(at(i), _STEP, total)
+                total = lax.fori_loop(0, steps, step, total)
+            if rest:
+                end = lambda _, total: add(first_of_rest, rest, total)
+                total = lax.fori_loop(0, last, end, total)
+            before = layout.read(out, t, size, low, high)
+            layout.write(out, t, size, before + total, low)
+
+        def tile(t, _):
+            if columns:
+                column[...] = layout.column(weights[t])
+            for low in range(0, size, LANES):
+                strip(t, low)
+            return 0
+
+        lax.fori_loop(0, values.shape[0], tile, 0)
+
+    return combine
 
 
-def inner_large(window: Stored, row: SparseRow, *, form: Any) -> jax.Array:
-    """Return the inner products of the rows of `window` with `row`."""
-    values, offsets = form.storage.load(window, row.values.dtype)
-    same = offsets[:, :, None] == row.offsets[:, None, :]
-    at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
-    total = jnp.sum(values * at, axis=0)
-    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+def _scales(window: Any, weights: Any = 1.0) -> list[jax.Array]:
+    """Return the scales of entries times `weights`, as kernels read them, if any."""
+    if not isinstance(window, ScaledRow):
+        return []
+    return [layout.lines(window.per_entry(jnp.float32) * weights)]
 
 
-def combine_large(
-    window: Stored, weights: jax.Array, *, form: Any, runs: Any
-) -> list[jax.Array]:
-    """Return the sum of the rows of `window` times `weights`, cut into leaves."""
-    # An offset is a number of two digits. What says which entry has which first digit,
-    # times what says which has which second one and how much, is the sum.
-    entries = shape(window)[1]
-    each = jnp.repeat(weights, form.kept)
-    low = 2 ** math.ceil(math.log2(form.size) / 2)
-    high = -(-form.size // low)
-
-    def write_sums(window: Stored, out: jax.Array, start: Any, chunk: int):
-        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
-        digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
-        first = (offsets // low)[:, :, None] == digits(high)
-        second = (offsets % low)[:, :, None] == digits(low)
-        sums = jnp.einsum(
-            "bnh,bnl->bhl",
-            first.astype(weights.dtype),
-            jnp.where(second, (values * each[None])[:, :, None], 0),
-            precision=lax.Precision.HIGHEST,
-        )
-        sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
-        return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
-
-    def sums(window: Stored) -> jax.Array:
-        count = shape(window)[0]
-        out = varying.like(window, jnp.zeros(count * form.size, weights.dtype))
-        step = functools.partial(write_sums, window)
-        return sweep(count, max(1, _COMBINE // entries), out, step)
-
-    return reference.cut(in_reach(window, form.size, sums), runs)
+def _width(form: Any) -> int:  # bytes of an entry
+    return form.storage.values.itemsize + form.storage.offsets.itemsize

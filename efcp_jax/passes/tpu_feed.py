@@ -5,97 +5,168 @@ adding, selecting and subtracting by themselves move 24.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from efcp_jax.experimental import pl, pltpu
 from efcp_jax.numerics import saturate
-from efcp_jax.passes import tpu_errors, tpu_round, tpu_select, tpu_tiles as layout
+from efcp_jax.passes import tpu_tiles as layout
+from efcp_jax.passes.entries import COMMUTING, rounding
 from efcp_jax.passes.tpu_tiles import LANES
+from efcp_jax.quantized import Quantized, at_random, exponents, hashed
 from efcp_jax.varying import struct
 
 
+# Up to so many rounds are unrolled; a loop compiles faster.
+_UNROLLED = 4
+
+
+def feeds(form: Any, error: Any) -> bool:
+    """Return whether `feed` takes this error."""
+    if isinstance(error, Quantized):
+        # Bytes are turned where the entries of a block fill lanes.
+        fits = form.size % LANES == 0
+    else:
+        fits = error.dtype.name in ("float32", "bfloat16")
+    commutes = form.storage.values.name in COMMUTING
+    return fits and commutes and layout.fits(form, jnp.float32)
+
+
 def feed(
-    error: Any,
-    gradient: jax.Array,
-    accept: jax.Array,
-    count: jax.Array,
-    kept: int,
-    dtype: jax.typing.DTypeLike,
-    *,
-    interpret: bool = False,
+    form: Any, error: Any, gradient: jax.Array, accept: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Add the gradient to the error, select, and leave what is not selected: one pass.
+    """Return rounded values and offsets of a row, and the error less them.
 
-    Rounding commutes with multiplying by a power of two, so a scale for the row can be
-    found behind this pass.
-
-    Args:
-        error: Shape `(blocks, size)`, float32 or bfloat16, or `Quantized`; overwritten.
-        gradient: Shape `(blocks, size)`, float32.
-        accept: Whether to add the gradient and to subtract what is selected.
-        count: The number of the step, by which an error of 8 bits is rounded.
-        kept: Number of entries kept of each block, in [1, size].
-        dtype: What the values are rounded to, within its range: bfloat16 or float32, or
-            one of `scaled.DTYPES`.
-        interpret: Whether to run the kernel on a CPU.
-
-    Returns:
-        Rounded values, float32, and offsets, int32, both `(tiles, kept, 128)`, and the
-        new error.
+    The error is overwritten. Rounding commutes with multiplying by a power of two, so a
+    scale for the row can be found behind this pass.
     """
-    size = gradient.shape[1]
-    dtype = jnp.dtype(dtype)
-    form = tpu_errors.form(error)
-
-    def rounding(tile: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        if dtype.itemsize == 1:
-            return tpu_round.to_tile(tile, dtype)
-        return lambda x: saturate(x, dtype).astype(jnp.float32)
-
-    def kernel(accept, count, gradient, *refs):
-        before, (values, offsets), after = (
-            refs[: form.arrays],
-            refs[form.arrays : form.arrays + 2],
-            refs[form.arrays + 2 :],
-        )
-        accepted = accept[0, 0] != 0
-        first = pl.program_id(0) * values.shape[0]
-
-        def tile(t, _):
-            old = form.read(before, t, size)
-            total = saturate(old + layout.read(gradient, t, size), jnp.float32)
-            total = jnp.where(accepted, total, old)
-            taken = tpu_select.pick(total, kept, t, values, offsets, rounding(total))
-            left = jnp.where(accepted, total - taken, total)
-            place = tpu_errors.Place(t, first + t, size, count[0, 0], accepted)
-            form.write(before, after, left, place)
-            return 0
-
-        lax.fori_loop(0, values.shape[0], tile, 0)
-
-    tiles = gradient.shape[0] // LANES
+    size, kept, tiles = form.size, form.kept, len(gradient) // LANES
     group = layout.group(tiles, 12 * size + 8 * kept)
-    row = [tpu_select.row_spec(group, kept)] * 2
     vector = layout.vector_spec(group, size)
+    row = pl.BlockSpec((group, kept, LANES), lambda i: (i, 0, 0))
     scalar = pl.BlockSpec((1, 1), lambda i: (0, 0), memory_space=pltpu.SMEM)
-    operands, specs = form.operands(error, group, size)
-    shapes = [struct(x.shape, x.dtype, gradient) for x in operands]
-    call = pl.pallas_call(
-        kernel,
+    if isinstance(error, Quantized):
+        units = error.units.astype(jnp.float32).reshape(-1, 1, LANES)
+        errors = [layout.turn(error.values, size), units]
+        specs = [vector, pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))]
+    else:
+        errors, specs = [layout.turn(error, size)], [vector]
+    like = lambda shape, dtype: struct(shape, dtype, gradient)
+    row_shape = form.row_shape(len(gradient))
+    one = lambda x: x.astype(jnp.int32).reshape(1, 1)
+    values, offsets, left, *units = layout.launch(
+        _feeding(form, len(errors)),
+        *(one(accept), one(count), layout.turn(gradient, size), *errors),
+        main=[3],
         grid=(-(-tiles // group),),
         in_specs=[scalar, scalar, vector, *specs],
-        out_specs=[*row, *specs],
-        out_shape=[*tpu_select.rows(tiles, kept, gradient), *shapes],
-        input_output_aliases={3 + i: 2 + i for i in range(form.arrays)},
-        cost_estimate=layout.cost(tpu_select.ROUND * kept * gradient.size),
-        compiler_params=layout.parallel(),
-        interpret=interpret,
+        out_specs=[row, row, *specs],
+        out_shape=[
+            *(like(row_shape, jnp.float32), like(row_shape, jnp.int32)),
+            *(like(x.shape, x.dtype) for x in errors),
+        ],
+        input_output_aliases={3 + i: 2 + i for i in range(len(errors))},
     )
-    one = lambda x: x.astype(jnp.int32).reshape(1, 1)
-    given = one(accept), one(count), layout.turn(gradient, size), *operands
-    values, offsets, *rest = layout.launch(call, [3], interpret, *given)
-    return values, offsets, form.result(rest, size)
+    left = layout.turn(left, size)
+    if units:
+        left = Quantized(left, units[0].reshape(-1, 1).astype(jnp.bfloat16))
+    return values, offsets, left
+
+
+def _feeding(form: Any, arrays: int) -> Callable[..., None]:
+    """Return the kernel, for an error of one array or of values and units."""
+    size, in_bytes = form.size, arrays == 2
+
+    def feed(accept, count, gradient, *refs):
+        before, row, after = refs[:arrays], refs[arrays:-arrays], refs[-arrays:]
+        accepted = accept[0, 0] != 0
+        first = pl.program_id(0) * row[0].shape[0]
+
+        def tile(t, _):
+            stored = old = layout.read(before[0], t, size)
+            if in_bytes:
+                old *= before[1][t]
+            total = saturate(old + layout.read(gradient, t, size), jnp.float32)
+            total = jnp.where(accepted, total, old)
+            rounded = _rounding(total, form.storage.values)
+            left = total - _pick(total, form.kept, t, *row, rounded=rounded)
+            if in_bytes:
+                left, unit = _in_bytes(left, first + t, count[0, 0])
+                after[1][t] = jnp.where(accepted, unit, before[1][t])
+            layout.write(after[0], t, size, jnp.where(accepted, left, stored))
+            return 0
+
+        lax.fori_loop(0, row[0].shape[0], tile, 0)
+
+    return feed
+
+
+def _pick(
+    blocks: jax.Array,
+    kept: int,
+    t: Any,
+    values: Any,
+    offsets: Any,
+    *,
+    rounded: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Write the `kept` largest entries of tile `t`, which is `(size, 128)`, `rounded`.
+
+    Return them where they were, among zeros.
+    """
+    size = len(blocks)
+    bits = lax.bitcast_convert_type(blocks, jnp.int32)
+    entry = lax.broadcasted_iota(jnp.int32, bits.shape, 0)
+    least = functools.partial(jnp.min, axis=0, keepdims=True)
+
+    def take(_, rest):
+        peak = jnp.max(rest, axis=0, keepdims=True)
+        first = least(jnp.where(rest == peak, entry, size))
+        # Those that are taken are below all others.
+        return jnp.where(entry == first, -1, rest)
+
+    def write(i, carry):
+        places, taken = carry
+        offset = least(places)
+        here = entry == offset
+        # A sum of integers, all but one zero, keeps a NaN and the sign of a zero.
+        value = jnp.sum(jnp.where(here, bits, 0), axis=0, keepdims=True)
+        value = rounded(lax.bitcast_convert_type(value, jnp.float32))
+        values[t, pl.ds(i, 1), :] = value
+        offsets[t, pl.ds(i, 1), :] = offset
+        return jnp.where(here, size, places), jnp.where(here, value, taken)
+
+    unroll = kept <= _UNROLLED
+    # Without its sign, the pattern of a float orders like its magnitude, NaN on top.
+    magnitudes = bits & jnp.iinfo(jnp.int32).max
+    rest = lax.fori_loop(0, kept, take, magnitudes, unroll=unroll)
+    start = jnp.where(rest < 0, entry, size), jnp.zeros_like(blocks)
+    return lax.fori_loop(0, kept, write, start, unroll=unroll)[1]
+
+
+def _rounding(tile: jax.Array, dtype: np.dtype) -> Callable[[jax.Array], jax.Array]:
+    """Return what rounds entries of a tile as they are stored in `dtype`."""
+    if dtype.itemsize > 1:
+        return lambda x: saturate(x, dtype).astype(jnp.float32)
+    # The largest entry is among those kept.
+    peaks = jnp.max(jnp.abs(tile), axis=0, keepdims=True)
+    scale, rounded = rounding(jnp.max(peaks, axis=1, keepdims=True), dtype)
+    return lambda x: rounded(x) * scale
+
+
+def _in_bytes(left: jax.Array, number: Any, count: Any) -> tuple[jax.Array, jax.Array]:
+    """Return tile `number` of an error in whole numbers, and the units of its blocks.
+
+    The numbers are those of `quantized.store`.
+    """
+    peak = jnp.max(jnp.abs(left), axis=0, keepdims=True)
+    one, exponent = jnp.ones_like(peak), exponents(peak)
+    scaled = left * jnp.ldexp(one, -exponent)
+    block = number * LANES + lax.broadcasted_iota(jnp.int32, left.shape, 1)
+    at = block * len(left) + lax.broadcasted_iota(jnp.int32, left.shape, 0)
+    return at_random(scaled, hashed(at, count)), jnp.ldexp(one, exponent)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax.experimental import pl, pltpu
+from efcp_jax.numerics import saturate
 
 
 # Lanes of a register: blocks of a tile, and entries that are transposed at a time.
@@ -23,9 +24,9 @@ LANES = 128
 _PROGRAM = 1 << 20
 
 
-def fits(array: jax.Array, lanes: int) -> bool:
+def fits(form: Any, dtype: Any) -> bool:
     """Return whether there are kernels for tiles of so many blocks of this dtype."""
-    return pltpu is not None and lanes == LANES and array.dtype == jnp.float32
+    return pltpu is not None and form.tile == LANES and dtype == jnp.float32
 
 
 def group(tiles: int, width: int) -> int:
@@ -33,48 +34,50 @@ def group(tiles: int, width: int) -> int:
     return max(1, min(tiles, _PROGRAM // (width * LANES)))
 
 
-def cost(operations: int) -> Any:
-    """Return the cost of so many operations.
-
-    Bytes are left out: a kernel moves its operands and results once, which whoever
-    reads the program counts from there.
-    """
-    return pl.CostEstimate(flops=operations, transcendentals=0, bytes_accessed=0)
-
-
-def parallel(*others: str) -> Any:
-    """Return that programs may run in any order along the first axis of their grid.
-
-    Args:
-        *others: The same for each further axis: "arbitrary" where one adds to what
-            another has made.
-    """
-    return pltpu.CompilerParams(dimension_semantics=("parallel", *others))
-
-
 def launch(
-    kernel: Callable[..., Any], main: Sequence[int], interpret: bool, *operands: Any
+    kernel: Callable[..., Any],
+    *operands: jax.Array,
+    main: Sequence[int],
+    order: tuple[str, ...] = (),
+    interpret: bool = False,
+    **given: Any,
 ) -> Any:
     """Return what a kernel makes of `operands`, some of them kept in main memory.
 
     XLA moves what fits into fast memory there, whole; a kernel moves what it needs.
 
     Args:
-        kernel: A function that `pallas_call` has returned.
-        main: The numbers of the operands that are kept in main memory.
-        interpret: Whether the kernel runs on a CPU, where there is one memory.
+        kernel: A function of references.
         *operands: Arrays.
+        main: The numbers of the operands that are kept in main memory.
+        order: "arbitrary" for each axis of the grid behind the first along which one
+            program adds to what another has made; else programs run in any order.
+        interpret: Whether the kernel runs on a CPU, where there is one memory.
+        **given: More for `pallas_call`.
     """
-    kernel = _narrow(kernel)
+    call = pl.pallas_call(
+        kernel,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *order)),
+        interpret=interpret,
+        **given,
+    )
+
+    def narrow(*operands: jax.Array) -> Any:
+        # Places are counted in 32 bits where numbers of 64 are on. Every platform's
+        # form is traced wherever a program runs, so this would fail on CPUs as well.
+        with jax.enable_x64(False):
+            return call(*operands)
+
     if interpret:
-        return kernel(*operands)
+        return narrow(*operands)
+    return _kept_in_main_memory(narrow, main)(*operands)
 
-    held = lambda array: pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
+def _kept_in_main_memory(kernel: Callable[..., Any], main: Sequence[int]) -> Any:
     @jax.custom_batching.custom_vmap
     def call(*operands: jax.Array) -> Any:
-        each = enumerate(operands)
-        return kernel(*(held(x) if i in main else x for i, x in each))
+        held = lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        return kernel(*(held(x) if i in main else x for i, x in enumerate(operands)))
 
     @call.def_vmap
     def _(size: int, batched: list[bool], *operands: jax.Array):
@@ -83,20 +86,6 @@ def launch(
         axes = [0 if each else None for each in batched]
         out = jax.vmap(kernel, in_axes=axes)(*operands)
         return out, jax.tree.map(lambda _: True, out)
-
-    return call(*operands)
-
-
-def _narrow(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `kernel`, its places counted in 32 bits where numbers of 64 are on.
-
-    Every platform's form is traced wherever a program runs, so that this one would
-    fail on CPUs as well.
-    """
-
-    def call(*operands: jax.Array) -> Any:
-        with jax.enable_x64(False):
-            return kernel(*operands)
 
     return call
 
@@ -117,19 +106,44 @@ def vector_spec(group: int, size: int) -> Any:
 def read(ref: Any, t: Any, size: int, low: int = 0, high: int | None = None):
     """Return entries from `low` to `high` of tile `t` of a vector, on sublanes."""
     span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+    # Floats of 32 bits, as which everything is turned.
     if size % LANES == 0:
-        return ref[span, low:high].T
-    return ref[low:high, span]
+        return ref[span, low:high].astype(jnp.float32).T
+    return ref[low:high, span].astype(jnp.float32)
 
 
 def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
-    """Write what `read` returns."""
+    """Write what `read` returns, in the dtype of the vector."""
     span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
     high = low + len(entries)
-    if size % LANES == 0:
-        ref[span, low:high] = entries.T
+    if ref.dtype == jnp.int8:
+        narrow = lambda x: x.astype(jnp.int32).astype(jnp.int8)
     else:
-        ref[low:high, span] = entries
+        narrow = lambda x: saturate(x, ref.dtype)
+    if size % LANES == 0:
+        ref[span, low:high] = narrow(entries.T)
+    else:
+        ref[low:high, span] = narrow(entries)
+
+
+def floats(values: jax.Array) -> jax.Array:
+    """Return values as float32; those of int8 are widened by way of int32."""
+    whole = values.dtype == jnp.int8
+    return (values.astype(jnp.int32) if whole else values).astype(jnp.float32)
+
+
+def add(places, weighted, entry, distinct, total):
+    """Return `total` plus `weighted`, `(n, 128)`, where `places` are `entry`.
+
+    Of `distinct` of them in turn no two are at one place, as they are of one row. They
+    are chosen one over the other and added at once: that saves most of the additions.
+    """
+    for first in range(0, len(places), distinct):
+        chosen = jnp.zeros((), jnp.float32)
+        for i in range(first, first + distinct):
+            chosen = jnp.where(places[i : i + 1] == entry, weighted[i : i + 1], chosen)
+        total += chosen
+    return total
 
 
 def lines(scales: jax.Array) -> jax.Array:

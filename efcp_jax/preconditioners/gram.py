@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax.numerics import root
-from efcp_jax.passes.overwrite import overwrite
+from efcp_jax.passes import overwrite
 
 
 def replace(

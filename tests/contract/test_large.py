@@ -11,8 +11,9 @@ import pytest
 
 import efcp_jax
 from efcp_jax import numerics
-from efcp_jax.passes import cpu, gpu, large, reference, tpu
+from efcp_jax.passes import cpu, gpu, reference, tpu
 from efcp_jax.passes.entries import SparseRow, Storage
+from efcp_jax.passes.forms import Form
 
 
 STRUCT = jax.ShapeDtypeStruct
@@ -157,7 +158,7 @@ def test_one_block_is_as_many_equal_ones_as_indices_need(short_indices):
 def test_passes_of_every_platform_over_large_blocks(module, words, short_indices):
     size, kept, blocks = 300, 5, 7
     dtype = jnp.dtype(jnp.bfloat16 if words else jnp.float32)
-    form = large.LargeBlocks(size, kept, Storage.of(dtype, 2**16 if words else size))
+    form = Form(size, kept, Storage.of(dtype, 2**16 if words else size))
     rng = np.random.default_rng(0)
     draw = lambda n: np.sort(
         np.stack([rng.permutation(size)[:n] for _ in range(blocks)]), axis=1
@@ -172,17 +173,17 @@ def test_passes_of_every_platform_over_large_blocks(module, words, short_indices
     weights = jnp.asarray(rng.standard_normal(M), jnp.float32)
     runs = ((1000, 500), (600,))
     call = lambda function, *args, **static: jax.jit(
-        functools.partial(function, form=form, **static)
+        functools.partial(function, form, **static)
     )(*args)
     np.testing.assert_allclose(
-        call(module.inner_large, window, row),
-        call(reference.inner_large, window, row),
+        call(module.inner, window, row),
+        call(reference.inner, window, row),
         rtol=1e-5,
         atol=1e-5,
     )
     for actual, expected in zip(
-        call(module.combine_large, window, weights, runs=runs),
-        call(reference.combine_large, window, weights, runs=runs),
+        call(module.combine, window, weights, runs=runs),
+        call(reference.combine, window, weights, runs=runs),
         strict=True,
     ):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.placement import layout
 from efcp_jax.passes.entries import Storage
-from efcp_jax.passes.large import LargeBlocks
+from efcp_jax.passes.forms import Form
 
 
 WINDOW = 5
@@ -61,7 +61,7 @@ class Words(TopK):
         assert storage.words
         blocks = Blocks.of(layout, self.block_size)
         kept = max(1, round(self.density * blocks.size))
-        return SparseSpace(blocks, LargeBlocks(blocks.size, kept, storage), storage)
+        return SparseSpace(blocks, Form(blocks.size, kept, storage))
 
 
 def sparse(name: str, given: dict[str, Any]) -> TopK:

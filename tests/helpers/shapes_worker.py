@@ -27,8 +27,8 @@ import programs
 
 import efcp_jax
 from efcp_jax.passes import gpu, tpu
-from efcp_jax.passes.entries import SparseRow
-from efcp_jax.passes.scaled import ScaledRow
+from efcp_jax.passes.entries import SparseRow, Storage
+from efcp_jax.passes.forms import Form
 from efcp_jax.quantized import Quantized
 
 
@@ -51,34 +51,32 @@ SHAPES = [
 def passes(module, shape, dtype):
     """Yield name, function and arguments of the passes over one shape."""
     tiles, lanes, size, kept, rows = shape
+    form = Form(size, kept, Storage.of(jnp.dtype(dtype), size), lanes)
     struct = jax.ShapeDtypeStruct
-    entries = lambda n, kind: struct((tiles, n, lanes), kind)
-    vector = struct((tiles * lanes, size), jnp.float32)
-    window = entries(rows * kept, dtype), entries(rows * kept, jnp.uint8)
-    if jnp.dtype(dtype).itemsize == 1:
-        window = ScaledRow(*window, struct((tiles, rows), jnp.bfloat16))
-    else:
-        window = SparseRow(*window)
-    row = SparseRow(entries(kept, jnp.float32), entries(kept, jnp.uint8))
+    blocks = tiles * lanes
+    vector = struct((blocks, size), jnp.float32)
+    entry = jax.eval_shape(lambda: form.storage.zeros(form.row_shape(blocks)))
+    longer = lambda x: struct((x.shape[0], rows * x.shape[1], *x.shape[2:]), x.dtype)
+    window = jax.tree.map(longer, entry)
+    values = struct(form.row_shape(blocks), jnp.float32)
+    row = SparseRow(values, entry.offsets)
     weights = struct((rows,), jnp.float32)
-    chosen = {"kept": kept, "lanes": lanes}
-    yield "select", functools.partial(module.select, **chosen), (vector,)
-    residual = lambda v, row: module.residual(v, row.values, row.offsets)
+    given = lambda name: functools.partial(getattr(module, name), form)
+    yield "select", given("select"), (vector,)
+    residual = lambda v, row: module.residual(form, v, row.values, row.offsets)
     yield "residual", residual, (vector, row)
-    yield "inner", functools.partial(module.inner, size=size), (window, row)
+    yield "inner", given("inner"), (window, row)
     # The last leaf ends inside of a block.
-    total = max(1, tiles * lanes * size - 3)
-    combine = functools.partial(module.combine, size=size, runs=((total,),))
+    total = max(1, blocks * size - 3)
+    combine = functools.partial(given("combine"), runs=((total,),))
     yield "combine", combine, (window, weights)
-    dot = functools.partial(module.dot, kept=kept)
-    yield "dot", dot, (window, vector)
-    units = struct((tiles * lanes, 1), jnp.bfloat16)
+    yield "dot", given("dot"), (window, vector)
+    units = struct((blocks, 1), jnp.bfloat16)
     for error in (vector, Quantized(struct(vector.shape, jnp.int8), units)):
-        if module is tpu and tpu.feeds(error, jnp.dtype(dtype), lanes):
-            feed = functools.partial(tpu.feed, kept=kept, dtype=dtype)
+        if module is tpu and tpu.feeds(form, error):
             step = struct((), jnp.bool_), struct((), jnp.int32)
             name = "feed" if error is vector else "feed bytes"
-            yield name, feed, (error, vector, *step)
+            yield name, given("feed"), (error, vector, *step)
 
 
 def batched(function, arguments):

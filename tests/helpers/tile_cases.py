@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.passes import tpu, tpu_add, tpu_inner, tpu_select
-from efcp_jax.passes.entries import SparseRow
-from efcp_jax.passes.scaled import ScaledRow
+from efcp_jax.passes import tpu_tiles
+from efcp_jax.passes.entries import ScaledRow, SparseRow, Storage
+from efcp_jax.passes.forms import Form
 
 
 class Case(NamedTuple):
@@ -32,27 +32,23 @@ class Case(NamedTuple):
 
 LARGEST = np.finfo(np.float32).max
 
-# Kernels, and the modules whose attributes they are looked up in.
-_KERNELS = [
-    (tpu_select, "select"),
-    (tpu, "feed"),
-    (tpu_add, "add"),
-    (tpu_inner, "inner"),
-]
-
 
 def interpret_kernels(monkeypatch):
     """Run the kernels for TPUs on the CPU; return the names of those used."""
-    used = set()
-    for module, name in _KERNELS:
-        kernel = functools.partial(getattr(module, name), interpret=True)
+    used, launch = set(), functools.partial(tpu_tiles.launch, interpret=True)
 
-        def call(*args, _kernel=kernel, _label=f"{module.__name__}.{name}", **given):
-            used.add(_label.removeprefix("efcp_jax.passes."))
-            return _kernel(*args, **given)
+    def call(kernel, *operands, **given):
+        used.add(kernel.__name__)
+        return launch(kernel, *operands, **given)
 
-        monkeypatch.setattr(module, name, call)
+    monkeypatch.setattr(tpu_tiles, "launch", call)
     return used
+
+
+def form(case, dtype="float32"):
+    """Return the form of blocks whose entries are stored in `dtype`."""
+    storage = Storage.of(jnp.dtype(dtype), case.size)
+    return Form(case.size, case.kept, storage, case.lanes)
 
 
 def blocks_of(entries):

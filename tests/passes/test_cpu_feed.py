@@ -16,8 +16,7 @@ from efcp_jax import quantized
 from efcp_jax.devices.sections import Sections
 from efcp_jax.passes import cpu_feed
 from efcp_jax.passes.entries import Storage
-from efcp_jax.passes.large import LargeBlocks
-from efcp_jax.passes.tiles import Tiles
+from efcp_jax.passes.forms import Form
 
 
 # Tiles, and blocks of more than 256 entries, which are of one lane.
@@ -28,7 +27,7 @@ CASES = [
     Case(11, 1, 300, 6, 1),
     Case(8, 1, 512, 3, 1),
 ]
-# Rounds of one unit, and of half of them, rounded up, so that the last begins early.
+# Rounds of one unit, and of half of them, rounded up, so that the last is shorter.
 ROUNDS = ["one", "half"]
 
 
@@ -47,19 +46,16 @@ def rounds(request, monkeypatch, case):
 def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
     """Return values and offsets, `(blocks, kept)`, and the error."""
     storage = Storage.of(jnp.dtype(dtype), case.size)
-    form = Tiles(case.size, case.kept, case.lanes)
-    if case.size > 256:
-        form = LargeBlocks(case.size, case.kept, storage)
+    form = Form(case.size, case.kept, storage, case.lanes if case.size <= 256 else None)
     # Leaves of every length.
     flat = jnp.asarray(gradient).reshape(-1)
     ends = np.cumsum(2 ** np.arange(cuts) * len(flat) // 2**cuts)
     leaves = [*jnp.split(flat, ends[ends < len(flat)])]
-    assert cpu_feed.feeds(form, error, storage, jnp.dtype("float32"))
+    assert cpu_feed.feeds(form, error, jnp.dtype("float32"))
 
     def run(error, leaves, accept, count):
         sections = Sections(leaves, jnp.dtype("float32"))
-        given = {"form": form, "sections": sections, "storage": storage}
-        return cpu_feed.feed(error, accept, count, **given)
+        return cpu_feed.feed(form, error, sections, accept, count)
 
     step = jnp.asarray(accept), jnp.int32(count)
     values, offsets, rest = jax.jit(run)(error, leaves, *step)

@@ -15,7 +15,7 @@ from tile_cases import Case
 
 from efcp_jax.passes import cpu, gpu, reference, tpu
 from efcp_jax.passes.entries import SparseRow, Storage
-from efcp_jax.passes.large import LargeBlocks
+from efcp_jax.passes.forms import Form
 
 
 FORMS = {"cpu": cpu, "gpu": gpu, "tpu": tpu}
@@ -72,9 +72,9 @@ def test_select(form, case, kind):
         total = -np.zeros_like(total)
     elif kind == "extremes":
         total = tile_cases.with_extremes(total)
-    given = {"kept": case.kept, "lanes": case.lanes}
-    values, offsets = jax.jit(functools.partial(form.select, **given))(total)
-    wanted, places = reference.select(jnp.asarray(total), **given)
+    blocks = tile_cases.form(case)
+    values, offsets = jax.jit(functools.partial(form.select, blocks))(total)
+    wanted, places = reference.select(blocks, jnp.asarray(total))
     order = tile_cases.largest(total, case.kept)
     np.testing.assert_array_equal(tile_cases.blocks_of(places), order)
     np.testing.assert_array_equal(offsets, places)
@@ -86,9 +86,10 @@ def test_select(form, case, kind):
 def test_residual(form, case):
     total = jnp.asarray(tile_cases.vector(case))
     row, matrix = tile_cases.newest(case, "bfloat16")
-    rest = jax.jit(form.residual)(total, *row)
+    blocks = tile_cases.form(case)
+    rest = jax.jit(functools.partial(form.residual, blocks))(total, *row)
     np.testing.assert_array_equal(rest, total - matrix.astype(np.float32))
-    np.testing.assert_array_equal(rest, reference.residual(total, *row))
+    np.testing.assert_array_equal(rest, reference.residual(blocks, total, *row))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,10 +97,11 @@ def test_inner(form, case, dtype):
     stored, matrix = tile_cases.window(case, dtype)
     row, vector = tile_cases.newest(case, dtype)
     row = row._replace(offsets=row.offsets.astype(stored.offsets.dtype))
-    got = jax.jit(functools.partial(form.inner, size=case.size))(stored, row)
+    blocks = tile_cases.form(case, dtype)
+    got = jax.jit(functools.partial(form.inner, blocks))(stored, row)
     tile_cases.assert_sums(got, matrix, vector, axes=2)
     scale = np.tensordot(np.abs(matrix), np.abs(vector), 2)
-    close(got, reference.inner(stored, row, size=case.size), scale)
+    close(got, reference.inner(blocks, stored, row), scale)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +119,10 @@ def test_combine(form, case, dtype, count):
     rng = np.random.default_rng(3)
     weights = jnp.asarray(rng.normal(size=case.rows), jnp.float32)
     total = case.tiles * case.lanes * case.size
-    given = {"size": case.size, "runs": runs(total, count) if count else ((total,),)}
-    got = jax.jit(functools.partial(form.combine, **given))(stored, weights)
-    wanted = reference.combine(stored, weights, **given)
+    given = {"runs": runs(total, count) if count else ((total,),)}
+    blocks = tile_cases.form(case, dtype)
+    got = jax.jit(functools.partial(form.combine, blocks, **given))(stored, weights)
+    wanted = reference.combine(blocks, stored, weights, **given)
     scale = np.tensordot(np.abs(weights), np.abs(matrix), 1).reshape(-1)
     start = 0
     for leaf, expected in zip(got, wanted, strict=True):
@@ -144,7 +147,7 @@ def large(shape, dtype, seed=0):
     window = storage.store(*map(jnp.asarray, entries(rows)))
     values, offsets = map(jnp.asarray, entries(1))
     row = SparseRow(values.astype(jnp.float32), offsets.astype(jnp.uint32))
-    return LargeBlocks(size, kept, storage), window, row
+    return Form(size, kept, storage), window, row
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=str)
@@ -152,19 +155,21 @@ def large(shape, dtype, seed=0):
 def test_large_blocks(form, shape, dtype):
     count, size, _, rows = shape
     blocks, window, row = large(shape, dtype)
-    given = {"form": blocks}
-    got = jax.jit(functools.partial(form.inner_large, **given))(window, row)
+    got = jax.jit(functools.partial(form.inner, blocks))(window, row)
     magnitude = lambda row: row._replace(values=jnp.abs(row.values))
     values, offsets = blocks.storage.load(window, jnp.float32)
     positive = blocks.storage.store(jnp.abs(values), offsets)
-    scale = reference.inner_large(positive, magnitude(row), **given)
-    close(got, reference.inner_large(window, row, **given), scale)
+    scale = reference.inner(blocks, positive, magnitude(row))
+    close(got, reference.inner(blocks, window, row), scale)
+    dense = jnp.zeros((count, size)).at[jnp.arange(count)[:, None], row.offsets]
+    got = jax.jit(functools.partial(form.dot, blocks))(window, dense.set(row.values))
+    close(got, reference.inner(blocks, window, row), scale)
     weights = jax.random.normal(jax.random.key(1), (rows,))
     for leaves in (((count * size,),), runs(count * size, 2)):
-        given["runs"] = leaves
-        got = jax.jit(functools.partial(form.combine_large, **given))(window, weights)
-        wanted = reference.combine_large(window, weights, **given)
-        scale = reference.combine_large(positive, jnp.abs(weights), **given)
+        given = {"runs": leaves}
+        got = jax.jit(functools.partial(form.combine, blocks, **given))(window, weights)
+        wanted = reference.combine(blocks, window, weights, **given)
+        scale = reference.combine(blocks, positive, jnp.abs(weights), **given)
         jax.tree.map(close, got, wanted, scale)
 
 
@@ -177,13 +182,14 @@ def test_members_of_a_batch_are_as_if_alone(form, case):
     windows = make(lambda seed: tile_cases.window(case, "bfloat16", seed)[0])
     rows = make(lambda seed: tile_cases.newest(case, "float32", seed)[0])
     weights = jax.random.normal(jax.random.key(0), (2, case.rows))
-    select = functools.partial(form.select, kept=case.kept, lanes=case.lanes)
-    tile_cases.assert_members(select, vectors)
-    tile_cases.assert_members(form.residual, vectors, *rows)
+    blocks = tile_cases.form(case, "bfloat16")
+    tile_cases.assert_members(functools.partial(form.select, blocks), vectors)
+    residual = functools.partial(form.residual, blocks)
+    tile_cases.assert_members(residual, vectors, *rows)
     rows = rows._replace(offsets=rows.offsets.astype(windows.offsets.dtype))
     total = case.tiles * case.lanes * case.size
-    inner = functools.partial(form.inner, size=case.size)
-    combine = functools.partial(form.combine, size=case.size, runs=((total,),))
+    inner = functools.partial(form.inner, blocks)
+    combine = functools.partial(form.combine, blocks, runs=((total,),))
     for function, given in ((inner, (windows, rows)), (combine, (windows, weights))):
         together = jax.tree.leaves(jax.jit(jax.vmap(function))(*given))[0]
         for i in range(2):

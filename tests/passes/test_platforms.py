@@ -7,9 +7,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tile_cases
 
 import efcp_jax
-from efcp_jax.passes import bisection
+from efcp_jax.passes import selection
 
 
 WINDOW = 5
@@ -36,13 +37,12 @@ METHODS = {
     "mfac": functools.partial(efcp_jax.scale_by_mfac, WINDOW, 0.1),
     "ggt": functools.partial(efcp_jax.scale_by_ggt, WINDOW, 0.01),
 }
-SUMS = {"tpu_inner.inner", "tpu_add.add"}
+ALL = {"feed", "inner", "combine"}
 KERNELS = {
-    ("tpu", "top_k-tiles"): SUMS | {"tpu.feed"},
-    ("tpu", "top_k-tiles-bf16"): SUMS | {"tpu.feed"},
-    ("tpu", "top_k-tiles-f16"): SUMS | {"tpu_select.select"},
-    ("tpu", "top_k-tiles-int8"): SUMS | {"tpu.feed"},
-    ("tpu", "top_k-tiles-f8"): SUMS | {"tpu.feed"},
+    ("tpu", "top_k-tiles"): ALL,
+    ("tpu", "top_k-tiles-bf16"): ALL,
+    ("tpu", "top_k-tiles-int8"): ALL,
+    ("tpu", "top_k-tiles-f8"): ALL,
 }
 # Method, compressor and whether steps are skipped.
 RUNS = [
@@ -130,9 +130,14 @@ def test_a_batch_of_models_takes_the_steps_of_each(name):
         assert_close(together[i], alone)
 
 
-def test_search_for_a_threshold_to_the_last_bit_selects_the_same(accelerator):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1000)), jnp.float32)
-    got = jax.jit(bisection.largest, static_argnums=1)(x, 10)
-    wanted = np.sort(lax.top_k(jnp.abs(x), 10)[1], axis=1)
-    np.testing.assert_array_equal(got, wanted)
-    assert accelerator == [["cpu"], ["cpu"]]
+@pytest.mark.parametrize("platform", ["default", "tpu"])
+def test_accelerators_select_the_same_of_many(platform, pretend):
+    offered, _ = pretend(platform)
+    x = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32)
+    x[1] = np.round(x[1])
+    x[2, ::50] = -np.inf
+    x[2, 7] = np.nan
+    x[3] = 0
+    got = jax.jit(selection.largest, static_argnums=1)(jnp.asarray(x), 10)
+    np.testing.assert_array_equal(got, tile_cases.largest(x, 10))
+    assert offered == [["tpu"], *[["cpu"]] * (2 if platform == "default" else 0)]

@@ -9,8 +9,7 @@ import tile_cases
 
 import efcp_jax
 from efcp_jax.devices.placement import layout
-from efcp_jax.passes.entries import Storage
-from efcp_jax.passes.scaled import DTYPES, quantise
+from efcp_jax.passes.entries import DTYPES, Storage, quantise
 
 
 TILES, KEPT, LANES = 9, 2, 128
@@ -129,7 +128,8 @@ def test_a_row_takes_two_bytes_an_entry_and_two_a_tile(dtype):
 def test_rows_of_a_window_keep_their_own_scales(dtype):
     case = tile_cases.Case(2, 128, 128, 2, 3)
     stored, matrix = tile_cases.window(case, dtype)
-    each = np.asarray(stored.load(jnp.float32), np.float64)
+    loaded, _ = Storage.of(dtype, 128).load(stored, jnp.float32)
+    each = np.asarray(loaded, np.float64)
     blocks = tile_cases.blocks_of(each)
     total = np.sum(np.abs(matrix), axis=(1, 2))
     for row in range(case.rows):

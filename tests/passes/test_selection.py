@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efcp_jax.passes.bisection import largest
+from efcp_jax.passes.selection import largest
 
 
 # Rows, entries a row, entries kept: one level and two, whole words and parts of words,

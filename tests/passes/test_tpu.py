@@ -12,9 +12,8 @@ import tile_cases
 from tile_cases import Case
 
 from efcp_jax import quantized
-from efcp_jax.passes import tpu_add, tpu_feed, tpu_inner, tpu_select
-from efcp_jax.passes.entries import Storage
-from efcp_jax.passes.scaled import ScaledRow
+from efcp_jax.passes import tpu, tpu_feed
+from efcp_jax.passes.entries import ScaledRow
 
 
 # Programs with tiles to spare, rows that fill no step, several parts of a window, all
@@ -34,12 +33,22 @@ CASES = [
     Case(2, 128, 8, 8, 5),
 ]
 BATCHED = [CASES[1], CASES[8]]
-DTYPES = ["bfloat16", "float16", "float32"]
+DTYPES = ["bfloat16", "float32", "int8", "float8_e4m3fn"]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    tile_cases.interpret_kernels(monkeypatch)
 
 
 @functools.cache
-def compiled(function, **static):
-    return jax.jit(functools.partial(function, interpret=True, **static))
+def compiled(function, form, **static):
+    return jax.jit(functools.partial(function, form, **static))
+
+
+def whole(case):
+    """Return one run of one leaf."""
+    return ((case.tiles * case.lanes * case.size,),)
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -47,20 +56,24 @@ def case(request):
     return request.param
 
 
+# Whether to accept a gradient, and the number of the step.
+ACCEPTED = jnp.asarray(True), jnp.int32(0)
+
+
 @pytest.mark.parametrize("extremes", [False, True])
 def test_the_largest_entries_are_selected(case, extremes):
     total = tile_cases.vector(case)
     if extremes:
         total = tile_cases.with_extremes(total)
-    select = compiled(tpu_select.select, kept=case.kept)
-    values, offsets = map(tile_cases.blocks_of, select(jnp.asarray(total)))
+    feed = compiled(tpu_feed.feed, tile_cases.form(case))
+    step = jnp.asarray(False), jnp.int32(0)
+    values, offsets, _ = feed(total, jnp.zeros_like(total), *step)
     wanted = tile_cases.largest(total, case.kept)
-    np.testing.assert_array_equal(offsets, wanted)
-    np.testing.assert_array_equal(values, np.take_along_axis(total, wanted, 1))
-
-
-# Whether to accept a gradient, and the number of the step.
-ACCEPTED = jnp.asarray(True), jnp.int32(0)
+    np.testing.assert_array_equal(tile_cases.blocks_of(offsets), wanted)
+    # What overflows becomes the largest number.
+    numbers = np.clip(total, -tile_cases.LARGEST, tile_cases.LARGEST)
+    numbers = np.take_along_axis(numbers, wanted, 1)
+    np.testing.assert_array_equal(tile_cases.blocks_of(values), numbers)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
     # What overflows becomes the largest number.
     gradient[::5, 0] = tile_cases.LARGEST
     error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
-    feed = compiled(tpu_feed.feed, kept=case.kept, dtype=dtype)
+    feed = compiled(tpu_feed.feed, tile_cases.form(case, dtype))
     values, offsets, rest = feed(error, jnp.asarray(gradient), *ACCEPTED)
     wanted, places, left = tile_cases.fed(error, gradient, case.kept, jnp.dtype(dtype))
     np.testing.assert_array_equal(tile_cases.blocks_of(offsets), places)
@@ -85,13 +98,12 @@ def test_feed_is_addition_selection_and_what_is_left(case, error_dtype, dtype):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_feed_rounds_every_tile_by_itself(case, dtype):
     error, gradient = tile_cases.vector(case, 1), tile_cases.vector(case, 2)
-    # Tiles of every magnitude; one so small that all of it is left.
-    each = 10.0 ** np.linspace(30, -25, case.tiles).astype(np.float32)
-    if case.tiles > 2:
-        each[1] = 2e-32
+    # Tiles of every magnitude.
+    each = 10.0 ** np.linspace(30, -32, case.tiles).astype(np.float32)
     each = np.repeat(each, case.lanes)[:, None]
     error, gradient = error * each, gradient * each
-    feed = compiled(tpu_feed.feed, kept=case.kept, dtype=dtype)
+    form = tile_cases.form(case, dtype)
+    feed = compiled(tpu_feed.feed, form)
     given = jnp.asarray(error), jnp.asarray(gradient), *ACCEPTED
     values, offsets, rest = feed(*given)
     total = error + gradient
@@ -101,14 +113,13 @@ def test_feed_rounds_every_tile_by_itself(case, dtype):
     np.put_along_axis(row, places, np.take_along_axis(total, places, 1), 1)
     row = oracles.quantised(row.reshape(-1), case.size, jnp.dtype(dtype))
     row = row.reshape(total.shape)
-    row[each[:, 0] == np.float32(2e-32)] = 0
     got = tile_cases.blocks_of(values)
     np.testing.assert_array_equal(got, np.take_along_axis(row, places, 1))
     np.testing.assert_array_equal(rest, total - row)
     # What is stored is what was rounded.
-    stored = Storage.of(jnp.dtype(dtype), case.size).store(values, offsets)
+    stored = form.storage.store(values, offsets)
     assert isinstance(stored, ScaledRow)
-    np.testing.assert_array_equal(stored.load(jnp.float32), values)
+    np.testing.assert_array_equal(form.storage.load(stored, jnp.float32)[0], values)
 
 
 BYTES = [case for case in CASES if case.size % 128 == 0]
@@ -122,7 +133,7 @@ def test_feed_keeps_an_error_in_bytes_as_it_is_kept_elsewhere(case):
     nothing = quantized.zeros(start, P(), kept_in)
     old = quantized.store(start, nothing, ACCEPTED[0], jnp.int32(4))
     gradient = jnp.asarray(spread * tile_cases.vector(case, 2), jnp.float32)
-    feed = compiled(tpu_feed.feed, kept=case.kept, dtype="bfloat16")
+    feed = compiled(tpu_feed.feed, tile_cases.form(case, "bfloat16"))
     values, offsets, rest = feed(old, gradient, jnp.asarray(True), count)
     # The same numbers from an error of float32, rounded behind the pass.
     vector = quantized.load(old)
@@ -140,18 +151,16 @@ def test_feed_leaves_the_error_alone_if_told_so(dtype):
     case = CASES[3]
     error = jnp.asarray(tile_cases.vector(case, 1), dtype)
     gradient = jnp.full(error.shape, jnp.nan)
-    feed = compiled(tpu_feed.feed, kept=case.kept, dtype="bfloat16")
+    feed = compiled(tpu_feed.feed, tile_cases.form(case, "bfloat16"))
     _, _, rest = feed(error, gradient, jnp.asarray(False), jnp.int32(0))
     np.testing.assert_array_equal(rest, error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_entries_are_those_of_dense_rows(case, dtype):
+def test_inner_products_are_those_of_dense_rows(case, dtype):
     stored, matrix = tile_cases.window(case, dtype)
     row, vector = tile_cases.newest(case, dtype)
-    sums = compiled(tpu_inner.inner)(*stored, *row)
-    assert sums.shape == (case.rows * case.kept,)
-    got = jnp.sum(sums.reshape(case.rows, -1), axis=1)
+    got = compiled(tpu.inner, tile_cases.form(case, dtype))(stored, row)
     tile_cases.assert_sums(got, matrix, vector, axes=2)
 
 
@@ -159,53 +168,25 @@ def test_sums_of_entries_are_those_of_dense_rows(case, dtype):
 def test_sums_of_rows_are_those_of_dense_rows(case, dtype):
     stored, matrix = tile_cases.window(case, dtype)
     weights = np.random.default_rng(3).normal(size=case.rows).astype(np.float32)
-    add = compiled(tpu_add.add, size=case.size)
-    got = add(*stored, jnp.asarray(weights))
+    combine = compiled(tpu.combine, tile_cases.form(case, dtype), runs=whole(case))
+    (got,) = combine(stored, jnp.asarray(weights))
+    got = got.reshape(-1, case.size)
     tile_cases.assert_sums(got, np.moveaxis(matrix, 0, 2), weights)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_every_tile_has_scales_of_its_own(case, dtype):
-    stored, matrix = tile_cases.window(case, dtype)
-    weights = np.random.default_rng(3).normal(size=case.rows).astype(np.float32)
-    scales = np.repeat(np.asarray(stored.scales).astype(np.float32), case.kept, axis=1)
-    add = compiled(tpu_add.add, size=case.size)
-    values, offsets, _ = stored
-    got = add(values, offsets, jnp.asarray(weights), scales=jnp.asarray(scales))
-    tile_cases.assert_sums(got, np.moveaxis(matrix, 0, 2), weights)
-    row, vector = tile_cases.newest(case, dtype)
-    inner = compiled(tpu_inner.inner)
-    sums = inner(values, offsets, *row, scales=jnp.asarray(scales))
-    got = jnp.sum(sums.reshape(case.rows, -1), axis=1)
-    tile_cases.assert_sums(got, matrix, vector, axes=2)
-
-
-def test_rows_are_added_onto_a_vector(case):
-    row, matrix = tile_cases.newest(case, "bfloat16")
-    onto = tile_cases.vector(case)
-    add = compiled(tpu_add.add, size=case.size)
-    got = add(*row, -jnp.ones(1), onto=jnp.asarray(onto))
-    np.testing.assert_array_equal(got, (onto - matrix.astype(np.float32)))
-
-
-def test_every_number_of_half_precision_is_read_as_it_is():
-    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 1, 128)
-    offsets = jnp.zeros(every.shape, jnp.uint8)
-    got = compiled(tpu_add.add, size=128)(jnp.asarray(every), offsets, jnp.ones(1))
-    numbers = every.astype(np.float32)
-    np.testing.assert_array_equal(got[:, 0].reshape(every.shape), numbers)
 
 
 def test_every_number_of_eight_bits_is_read_as_it_is():
     every = np.arange(1 << 8, dtype=np.uint8).reshape(2, 1, 128)
-    numbers = every.view(jnp.float8_e4m3fn), every.view(np.int8)
-    for values in numbers:
+    case = Case(2, 128, 128, 1, 1)
+    for dtype in ("float8_e4m3fn", "int8"):
+        values = every.view(jnp.dtype(dtype))
         values = np.where(np.isnan(values), values.dtype.type(0), values)
         offsets = jnp.zeros(values.shape, jnp.uint8)
-        add = compiled(tpu_add.add, size=128)
-        got = add(jnp.asarray(values), offsets, jnp.ones(1))
-        wanted = values.astype(np.float32)
-        np.testing.assert_array_equal(got[:, 0].reshape(values.shape), wanted)
+        ones = jnp.ones((2, 1), jnp.bfloat16)
+        stored = ScaledRow(jnp.asarray(values), offsets, ones)
+        combine = compiled(tpu.combine, tile_cases.form(case, dtype), runs=whole(case))
+        (got,) = combine(stored, jnp.ones(1))
+        got = got.reshape(-1, case.size)[:, 0].reshape(values.shape)
+        np.testing.assert_array_equal(got, values.astype(np.float32))
 
 
 def stacked(make):
@@ -218,16 +199,11 @@ def test_members_of_a_batch_are_as_if_alone(case):
     windows = stacked(lambda seed: tile_cases.window(case, "bfloat16", seed)[0])
     rows = stacked(lambda seed: tile_cases.newest(case, "float32", seed)[0])
     weights = jax.random.normal(jax.random.key(0), (3, case.rows))
-    select = functools.partial(tpu_select.select, kept=case.kept, interpret=True)
-    tile_cases.assert_members(select, vectors)
-    feed = functools.partial(
-        tpu_feed.feed, kept=case.kept, dtype="bfloat16", interpret=True
+    form = tile_cases.form(case, "bfloat16")
+    check = lambda kernel, *given, **static: tile_cases.assert_members(
+        functools.partial(kernel, form, **static), *given
     )
     accept = jnp.asarray([True, False, True])
-    tile_cases.assert_members(feed, vectors, vectors[::-1], accept, jnp.arange(3))
-    inner = functools.partial(tpu_inner.inner, interpret=True)
-    tile_cases.assert_members(inner, *windows, *rows)
-    add = functools.partial(tpu_add.add, size=case.size, interpret=True)
-    tile_cases.assert_members(add, *windows, weights)
-    onto = lambda *args: add(*args[:-1], onto=args[-1])
-    tile_cases.assert_members(onto, *rows, weights[:, :1], vectors)
+    check(tpu_feed.feed, vectors, vectors[::-1], accept, jnp.arange(3))
+    check(tpu.inner, windows, rows)
+    check(tpu.combine, windows, weights, runs=whole(case))

@@ -1,0 +1,229 @@
+"""Passes over whole arrays: looked over, or written where they lie."""
+
+from collections.abc import Callable, Iterable
+import functools
+from typing import Any
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from efcp_jax.numerics import power_of_two, saturate
+
+
+def finite(
+    pieces: Callable[[], Iterable[jax.Array]],
+    packed: Callable[[], Iterable[jax.Array]],
+) -> jax.Array:
+    """Return whether all entries are finite.
+
+    Args:
+        pieces: Makes the entries a few leaves at a time: so CPUs look at them, and add
+            them to the error.
+        packed: Makes the entries in working form, which accelerators make anyway, to
+            look at them in one piece.
+
+    Returns:
+        A boolean.
+    """
+    return lax.platform_dependent(
+        cpu=lambda: all_finite(pieces()),
+        default=lambda: _none_counted(packed()),
+    )
+
+
+def all_finite(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Return whether all entries of all arrays are finite, a boolean."""
+    # Not a reduction with a function of one's own, which XLA cannot divide among
+    # devices where its partitioner does the spreading.
+    each = [jnp.all(jnp.isfinite(array)) for array in arrays]
+    return functools.reduce(jnp.logical_and, each, jnp.asarray(True))
+
+
+def _none_counted(arrays: Iterable[jax.Array]) -> jax.Array:
+    # Accelerators reduce truth values by way of an array of them; a sum of floats they
+    # join with whatever else is read of the entries. It cannot fall back to zero.
+    each = [jnp.sum((~jnp.isfinite(array)).astype(jnp.float32)) for array in arrays]
+    return sum(each, jnp.zeros((), jnp.float32)) == 0
+
+
+def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]:
+    """Return the power of two that a row is divided by, and its inverse.
+
+    Args:
+        tree: Everything that a row will hold.
+        scaled: Whether to divide at all.
+
+    Returns:
+        The least power of two above the largest magnitude, or 0 for zeros, and its
+        inverse; ones if not `scaled`. In the dtype of the leaves.
+    """
+    leaves = jax.tree.leaves(tree)
+    dtype = jnp.result_type(leaves[0]) if leaves else jnp.float32
+    if not scaled:
+        return jnp.ones((), dtype), jnp.ones((), dtype)
+    zero = jnp.zeros((), dtype)
+    # Not the larger of both ends: XLA divides the maximum of leaves laid end to end
+    # into one for each leaf, which accelerators launch one by one. That of magnitudes
+    # is left whole, without a temporary.
+    peaks = [jnp.max(jnp.abs(leaf), initial=zero) for leaf in leaves]
+    return _power_of_two(jnp.max(jnp.stack([zero, *peaks])))
+
+
+@jax.custom_jvp
+def _power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return `power_of_two(peak)`, which are constants.
+
+    Where a derivative is taken, zeros are 1 times zeros: 0 times a row would hide that
+    the row depends on something.
+    """
+    return power_of_two(peak)
+
+
+@_power_of_two.defjvp
+def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
+    del tangents
+    made = tuple(jnp.where(x == 0, 1, x) for x in power_of_two(*primals))
+    return made, tuple(map(jnp.zeros_like, made))
+
+
+def overwrite(
+    accept: jax.Array,
+    write: Callable[..., jax.Array],
+    select: Callable[..., jax.Array],
+    array: jax.Array,
+    *values: jax.Array,
+) -> jax.Array:
+    """Return `array` overwritten if `accept`, in place if it is not needed otherwise.
+
+    On CPUs, XLA fuses a write with each of the readers of its result, which then make
+    it anew from a copy of `array` each. A branch is where fusion ends, and no work at
+    all where nothing is written. An accelerator would have to ask the host which branch
+    to take, so there the choice is between values.
+
+    Args:
+        accept: Whether to write, a boolean.
+        write: From `array` and `values` to the array overwritten.
+        select: The same if `accept`; else `array`, as a choice between values.
+        array: What is overwritten.
+        *values: What is written.
+
+    Returns:
+        Array of the shape and dtype of `array`.
+    """
+
+    def branch(array: jax.Array, *values: jax.Array) -> jax.Array:
+        # Behind the barrier, since a branch that is always taken would be no branch.
+        taken = lax.optimization_barrier(accept)
+        return lax.cond(taken, write, lambda array, *_: array, array, *values)
+
+    return lax.platform_dependent(array, *values, cpu=branch, default=select)
+
+
+def insert(
+    rows: jax.Array, row: jax.Array, slot: jax.Array, axis: int, accept: jax.Array
+) -> jax.Array:
+    """Return `rows` with `row` at `slot` if `accept`; in place if they are donated.
+
+    Args:
+        rows: Rows laid end to end along `axis`.
+        row: One row, shorter than `rows` along `axis` and of the same size else.
+        slot: Number of the row to overwrite, int32.
+        axis: The axis of rows.
+        accept: Whether to write, a boolean.
+
+    Returns:
+        Array of the shape and dtype of `rows`.
+    """
+    size = row.shape[axis]
+    write = lambda rows, row, slot: lax.dynamic_update_slice_in_dim(
+        rows, row, slot * size, axis
+    )
+
+    def select(rows: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
+        old = lax.dynamic_slice_in_dim(rows, slot * size, size, axis)
+        return write(rows, jnp.where(accept, row, old), slot)
+
+    @jax.custom_jvp
+    def write_bits(rows: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
+        pattern = f"uint{8 * rows.dtype.itemsize}"
+        bits = lambda x: lax.bitcast_convert_type(x, pattern)
+        return lax.bitcast_convert_type(write(bits(rows), bits(row), slot), rows.dtype)
+
+    # Bits have no derivative.
+    write_bits.defjvp(functools.partial(jax.jvp, write))
+
+    # XLA on CPUs writes half precision and less by way of a float32 window, several
+    # times slower than as integers.
+    narrow = jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize < 4
+    return overwrite(accept, write_bits if narrow else write, select, rows, row, slot)
+
+
+def add(
+    array: jax.Array,
+    pieces: Callable[[], Iterable[jax.Array]],
+    whole: Callable[[], jax.Array],
+    accept: jax.Array,
+) -> jax.Array:
+    """Return `array` plus another, if `accept`; what overflows is the largest number.
+
+    Args:
+        array: Shape `(n, ...)`.
+        pieces: Makes the other in parts that lie end to end along the first axis, for
+            CPUs, which add one after the other.
+        whole: Makes the other in one, for accelerators.
+        accept: Whether to add, a boolean.
+
+    Returns:
+        Array of the shape and dtype of `array`.
+    """
+
+    def in_place(array: jax.Array) -> jax.Array:
+        start = 0
+        # XLA updates a slice where it lies if it is read at the same place, which it
+        # can tell only while the place is not a constant.
+        zero = lax.optimization_barrier(jnp.int32(0))
+        for piece in pieces():
+            at = zero + start
+            old = lax.dynamic_slice_in_dim(array, at, len(piece))
+            new = saturate(old + piece, array.dtype)
+            array = lax.dynamic_update_slice_in_dim(array, new, at, axis=0)
+            start += len(piece)
+        return array
+
+    def select(array: jax.Array) -> jax.Array:
+        # The choice comes first, so that all of it is one fused pass.
+        return saturate(array + jnp.where(accept, whole(), 0), array.dtype)
+
+    return overwrite(accept, in_place, select, array)
+
+
+def subtract_products(
+    batch: jax.Array, left: jax.Array, right: jax.Array, factor: jax.Array
+) -> jax.Array:
+    """Return `batch` minus `factor` $L^T R$ for each pair of thin factors, in one pass.
+
+    A product of few rows is no work for a library, which would return it in an array as
+    large as the batch.
+
+    Args:
+        batch: Shape `(g, rows, cols)`.
+        left: Shape `(g, r, rows)`.
+        right: Shape `(g, r, cols)`.
+        factor: A scalar.
+
+    Returns:
+        Array of the shape and dtype of `batch`.
+    """
+
+    def one_by_one(batch: jax.Array) -> jax.Array:
+        pairs = [left[:, k, :, None] * right[:, k, None] for k in range(left.shape[1])]
+        return batch - factor * sum(pairs[1:], pairs[0])
+
+    def summed(batch: jax.Array) -> jax.Array:
+        products = left[:, :, :, None] * right[:, :, None]
+        return batch - factor * jnp.sum(products, axis=1)
+
+    # CPUs take forty times as long for the sum, GPUs a kernel for every product.
+    return lax.platform_dependent(batch, cpu=one_by_one, default=summed)

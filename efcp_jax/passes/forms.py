@@ -1,0 +1,227 @@
+"""What the passes over sparse rows mean; each platform computes them in its own form.
+
+The vector is `(blocks, size)`. Small blocks lie side by side in tiles: entry number $i$
+of 128 blocks is one line of a tile, which is what a TPU or GPU loads, compares and
+multiplies at once. A row is `(tiles, k, lanes)` values and offsets, a window of m rows
+`(tiles, m k, lanes)`, with `blocks = tiles * lanes`. Entries of blocks of more than 256
+entries are `(blocks, k)` and `(blocks, m k)`.
+
+A row has a few entries a small block, so inner products compare offsets in place of
+gathering, and sums compare offsets with all places in place of scattering, but on CPUs:
+no float is added in an order that is left open.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from efcp_jax import varying
+from efcp_jax.passes import cpu, cpu_feed, gpu, reference, tpu
+from efcp_jax.passes.entries import SparseRow, Storage, Stored
+from efcp_jax.passes.tpu_tiles import LANES as LANES
+
+
+# Entries of the largest block that is stored in tiles: offsets are of 8 bits, and a
+# comparison with every place of a block is cheap.
+LARGEST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The passes over blocks of one size.
+
+    Attributes:
+        size: Entries a block.
+        kept: Entries kept of each block, k, in [1, size].
+        storage: How entries are stored.
+        tile: Blocks of a tile; None where blocks are not in tiles.
+    """
+
+    size: int
+    kept: int
+    storage: Storage
+    tile: int | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Blocks that lie side by side."""
+        return self.tile or 1
+
+    def row_shape(self, count: int) -> tuple[int, ...]:
+        """Return the shape of the entries of a row of `count` blocks."""
+        return (count // self.lanes, self.kept, self.lanes)[: 3 if self.tile else 2]
+
+    def blocks(self, entries: Any) -> Any:
+        """Return entries as they lie in a row or window as `(blocks, n)`."""
+        turned = entries.swapaxes(1, 2) if self.tile else entries
+        return turned.reshape(-1, entries.shape[1])
+
+    def from_blocks(self, entries: Any) -> Any:
+        """Return entries `(blocks, ...)` as they lie in a row or window."""
+        if not self.tile:
+            return entries.reshape(len(entries), -1)
+        tiles = entries.reshape(len(entries) // self.tile, self.tile, -1)
+        return tiles.swapaxes(1, 2)
+
+    def per_entry(self, weights: jax.Array) -> jax.Array:
+        """Return the weights of rows for each entry of a window, `(1, m k, 1)`."""
+        line = jnp.repeat(weights, self.kept)[None]
+        return line[:, :, None] if self.tile else line
+
+    def select(self, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the entries of largest magnitude of every block.
+
+        Among equal magnitudes the first come first; NaN comes before infinity. Costs
+        `kept` passes over the vector while they are few.
+
+        Args:
+            vector: Shape `(blocks, size)`.
+
+        Returns:
+            Values in the dtype of `vector` and offsets, int32, ascending in each block,
+            as they lie in a row.
+        """
+        return self._by_platform("select", vector)
+
+    def residual(
+        self, vector: jax.Array, values: jax.Array, offsets: jax.Array
+    ) -> jax.Array:
+        """Return `vector` less `values` at `offsets`, in place if it is donated.
+
+        Args:
+            vector: Shape `(blocks, size)`.
+            values: Those of a row, in the dtype of `vector`.
+            offsets: Integers, all different in a block, or with values of 0.
+
+        Returns:
+            Array of the shape and dtype of `vector`.
+        """
+        return self._by_platform("residual", vector, values, offsets)
+
+    def inner(self, window: Stored, row: SparseRow) -> jax.Array:
+        """Return the inner products of the rows of `window` with `row`.
+
+        Args:
+            window: The rows as they are stored.
+            row: One more row, loaded, with values in the dtype of the result.
+
+        Returns:
+            Array of shape `(m,)`.
+        """
+        return self._by_platform("inner", window, row)
+
+    def dot(self, window: Stored, vector: jax.Array) -> jax.Array:
+        """Return the inner products of the rows of `window` with any vector.
+
+        Args:
+            window: The rows as they are stored.
+            vector: Shape `(blocks, size)`, in the dtype of the result.
+
+        Returns:
+            Array of shape `(m,)`.
+        """
+        return self._by_platform("dot", window, vector)
+
+    def combine(self, window: Stored, weights: jax.Array, runs: Any) -> list[jax.Array]:
+        """Return the sum of the rows of `window` times `weights`, cut into leaves.
+
+        Args:
+            window: The rows as they are stored.
+            weights: One for each row, shape `(m,)`, in the dtype of the result.
+            runs: The sizes of the leaves that the blocks hold end to end, in groups: a
+                CPU writes the leaves of a group together.
+
+        Returns:
+            One flat array for each leaf, in order.
+        """
+        return self._by_platform("combine", window, weights, runs=runs)
+
+    def feed(
+        self,
+        tree: Any,
+        error: Any,
+        accept: jax.Array,
+        count: jax.Array,
+        *,
+        by_parts: Callable[..., Any],
+        finish: Callable[[jax.Array, jax.Array], tuple[Any, jax.Array]],
+        gradient: Callable[[Any], jax.Array],
+        sections: Callable[[Any], Any],
+        dtype: np.dtype,
+    ) -> tuple[Any, jax.Array, Any]:
+        """Return the row and the scale of `error` plus `tree`, and what is left.
+
+        TPUs do it in one pass over all, CPUs over some blocks after others where the
+        error is narrow. Their `feed` returns values, rounded, and offsets of the row,
+        float32 and int32, and the new error.
+
+        Args:
+            tree: The gradient.
+            error: Shape `(blocks, size)`, as it is kept.
+            accept: Whether to add the gradient and to take anything away.
+            count: The number of the step, by which an error of 8 bits is rounded.
+            by_parts: From these four to the result, in pass after pass. A derivative is
+                that of this form.
+            finish: From values of a row, rounded, and offsets to it and its scale.
+            gradient: From `tree` to shape `(blocks, size)`, for TPUs.
+            sections: From `tree` to what reads it in parts, for CPUs.
+            dtype: The working dtype.
+
+        Returns:
+            The row as it is stored, its scale and the new error.
+        """
+
+        def fed(module: Any, read: Callable[[Any], Any]) -> Callable[..., Any]:
+            def call(tree: Any, error: Any, *step: jax.Array) -> Any:
+                *row, rest = module.feed(self, error, read(tree), *step)
+                return *finish(*row), rest
+
+            return call
+
+        forms = {}
+        if tpu.feeds(self, error):
+            forms["tpu"] = fed(tpu, gradient)
+        if cpu_feed.feeds(self, error, dtype):
+            forms["cpu"] = fed(cpu_feed, sections)
+        run = jax.custom_jvp(
+            lambda *given: lax.platform_dependent(*given, default=by_parts, **forms)
+        )
+        run.defjvp(functools.partial(jax.jvp, by_parts))
+        return run(tree, error, accept, count)
+
+    def _by_platform(self, name: str, *arrays: Any, **given: Any) -> Any:
+        """Return what the platform's own form of the pass `name` returns.
+
+        A derivative is that of the plain form: kernels have none, and loops would keep
+        what they have seen.
+        """
+
+        def form(module: Any) -> Any:
+            call = functools.partial(getattr(module, name), self, **given)
+            return lambda *arrays: varying.like(arrays, call(*arrays))
+
+        @jax.custom_jvp
+        def run(*arrays: Any) -> Any:
+            return lax.platform_dependent(
+                *arrays,
+                cpu=form(cpu),
+                cuda=form(gpu),
+                tpu=form(tpu),
+                default=form(reference),
+            )
+
+        @run.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            made, plain = run(*primals), form(reference)
+            if name == "select":
+                # Which entries are largest is a constant, but where two are equal.
+                plain = lambda vector: reference.take(self, vector, made[1])
+            return made, jax.jvp(plain, primals, tangents)[1]
+
+        return run(*arrays)
