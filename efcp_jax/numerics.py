@@ -35,6 +35,18 @@ def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return value, slope * tangents[0]
 
 
+@jax.custom_jvp
+def at_least_zero(value: jax.Array) -> jax.Array:
+    """Return the larger of `value` and 0; its derivative at 0 is that above."""
+    return jnp.maximum(value, 0)
+
+
+@at_least_zero.defjvp
+def _at_least_zero_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    slope = jnp.where(primals[0] < 0, 0, tangents[0])
+    return at_least_zero(*primals), slope
+
+
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
     """Return the product in full precision, which accelerators do not by default."""
     return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
@@ -109,7 +121,7 @@ def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)
 
 
-def constant(value: jax.Array, why: str) -> jax.Array:
+def constant(value: Any, why: str) -> Any:
     """Return `value`, of which a derivative raises: `why`, and what to do."""
 
     @jax.custom_jvp

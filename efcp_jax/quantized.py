@@ -30,9 +30,7 @@ _EXPONENTS = (-126, 126)
 
 DTYPE = jnp.dtype(jnp.int8)
 
-_NO_DERIVATIVE = (
-    "errors of 8 bits are whole numbers. Pass `error_dtype=jnp.bfloat16`, or jnp.float32."
-)
+_NO_DERIVATIVE = "errors of 8 bits are whole numbers. Pass `error_dtype=jnp.bfloat16`."
 
 # Arrays of JAX in a step, of NumPy on the host.
 _Array: TypeAlias = Any

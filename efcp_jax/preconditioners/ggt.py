@@ -1,10 +1,13 @@
 """The coefficients of GGT: the inverse root of an m x m matrix."""
 
+from typing import Any
+
 import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.numerics import at_least_zero
 from efcp_jax.preconditioners import gram as grams, root
 
 
@@ -50,16 +53,34 @@ def ggt_coefficients(
     """
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
-    # A schedule may undershoot by a rounding error. The slope at 0 is that above.
-    eps = jnp.where(eps < 0, 0, eps)
+    eps = at_least_zero(eps)  # a schedule may undershoot by a rounding error
     weights = scale * b2 ** age.astype(dtype)
-    # The unit that all is measured in, of which the result does not depend.
-    *given, unit = lax.stop_gradient((weights, jnp.diagonal(gram), eps))
-    largest = jnp.max(given[0] * jnp.sqrt(given[1]))
-    unit = jnp.where(largest > 0, largest, unit)
-    inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
+    inverse = _inverse_unit(weights, jnp.diagonal(gram), eps)
     weights = weights * inverse
     moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)
     weighted = weights[:, None] * gram * weights[None]
     given = weighted, eps * inverse, moment
     return weights * root.solve(*given)
+
+
+@jax.custom_jvp
+def _inverse_unit(weights: jax.Array, squares: jax.Array, eps: jax.Array) -> jax.Array:
+    """Return one over the largest norm, which all is measured in."""
+    del eps
+    largest = jnp.max(weights * jnp.sqrt(squares))
+    return 1 / jnp.where(largest > 0, largest, 1)
+
+
+@_inverse_unit.defjvp
+def _inverse_unit_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Return a constant: on a unit nothing depends.
+
+    Where a derivative is taken at nothing but zeros, `eps` is what is to be resolved;
+    without it there is none.
+    """
+    del tangents
+    weights, squares, eps = primals
+    largest = jnp.max(weights * jnp.sqrt(squares))
+    unit = jnp.where(largest > 0, largest, eps)
+    inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
+    return lax.stop_gradient(inverse), jnp.zeros_like(inverse)

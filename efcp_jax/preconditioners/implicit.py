@@ -32,7 +32,7 @@ def inverse(
         boolean.
     """
     size, dtype = system.size, diagonal.dtype
-    factor = cholesky.factorise(system.rows(0, size).T, size)
+    factor: Any = cholesky.factorise(system.rows(0, size).T, size)
     sound = systems.is_sound(factor)
     # Both branches are taken where there is a batch: a NaN times 0 is no 0.
     factor = jnp.where(sound, factor, jnp.eye(size, dtype=dtype))

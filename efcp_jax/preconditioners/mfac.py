@@ -7,7 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.numerics import dot
+from efcp_jax.numerics import at_least_zero, dot
 from efcp_jax.preconditioners import implicit, system as systems
 
 
@@ -61,8 +61,7 @@ def mfac_coefficients(
     """
     dtype, size = gram.dtype, gram.shape[0]
     # A schedule may undershoot 0 by a rounding error; a window may still be empty.
-    damping = jnp.asarray(damping, dtype)
-    damping = jnp.where(damping < 0, 0, damping)
+    damping = at_least_zero(jnp.asarray(damping, dtype))
     divisor = jnp.maximum(jnp.asarray(divisor, dtype), 1)
     if moment is None:
         moment = jnp.eye(size, dtype=dtype)[slot]
@@ -100,9 +99,11 @@ def _solved_jvp(primals: Any, tangents: Any) -> Any:
     $z$ solves $A (b - A z) = 0$, and $z' = A^+ (b' - A' z + A^+ A' (b - A z))$, the
     derivative among windows of one rank. Scales are powers of two: constants.
     """
-    gram, scale, damping, divisor, moment, _, _ = primals
+    gram, scale, damping, divisor, moment, *others = primals
     d_gram, _, d_damping, _, d_moment, _, _ = tangents
-    weights, new = _solved(*primals)
+    # Without damping there is no derivative at a row of zeros.
+    scale = jnp.where((jnp.diagonal(gram) > 0) | (damping > 0), scale, 0)
+    weights, new = _solved(gram, scale, damping, divisor, moment, *others)
     solution = weights / jnp.where(scale > 0, scale, 1)
     products = lambda gram, weights: scale * dot(gram, weights) / divisor
 
@@ -129,5 +130,4 @@ def _system(
     # Unit-diagonal scaling: diagonal[i]^2 = lambda + |row i|^2 / n.
     diagonal = jnp.hypot(norms, jnp.sqrt(damping))
     inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
-    weights = jnp.where(diagonal > 0, scale * inverse, 0)
-    return systems.System(gram.reshape(-1), weights, divisor), inverse
+    return systems.System(gram.reshape(-1), scale * inverse, divisor), inverse

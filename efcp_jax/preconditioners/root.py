@@ -59,19 +59,22 @@ def solve(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
 def _solve_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     r"""Return the solution $x$ of $(S + \epsilon I) x = b$ and its derivative.
 
-    $(S + \epsilon I) x' = b' - S' x - \epsilon' x$: no derivative of eigenvectors, which
-    have none where eigenvalues are equal.
+    $(S + \epsilon I) x' = b' - S' x - \epsilon' x$. Eigenvectors are constants here:
+    they have no derivative where eigenvalues are equal.
     """
-    matrix, eps, rhs = primals
+    matrix, eps, _ = primals
     d_matrix, d_eps, d_rhs = tangents
     solution = solve(*primals)
     root, d_root = jax.jvp(singular, (matrix,), (d_matrix,))
+    values, vectors, known = _decomposed(lax.stop_gradient(matrix))
+    shifted = values + lax.stop_gradient(eps)
+    divide = lambda _, x: dot(vectors, dot(vectors.T, x) / shifted)
+    # What rounding makes up of dependent rows would be divided by the square of both.
+    resolved = known | (eps > values)
+    part = dot(vectors, jnp.where(resolved, dot(vectors.T, solution), 0))
+    rest = d_rhs - dot(d_root, solution) - d_eps * part
     multiply = lambda x: dot(root, x) + eps * x
-    known = lax.stop_gradient((matrix, eps))
-    rest = d_rhs - dot(d_root, solution) - d_eps * solution
-    return solution, lax.custom_linear_solve(
-        multiply, rest, lambda _, x: by_eigenvectors(*known, x), symmetric=True
-    )
+    return solution, lax.custom_linear_solve(multiply, rest, divide, symmetric=True)
 
 
 @jax.custom_jvp

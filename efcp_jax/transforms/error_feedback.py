@@ -65,6 +65,8 @@ def error_feedback(
 
     Notes:
         Memory: the error, 4 bytes a parameter. Time: one compression.
+        Derivatives: of what is kept and of what is left; what is selected is a
+        constant. With errors or values of 8 bits they raise.
     """
     feedback = checked(compressor, metric, error_dtype, skip_nonfinite)
     step = Step(
