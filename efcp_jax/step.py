@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec
 import optax
 
 from efcp_jax import _validate, feedback_input, passes, quantized, window as windows
-from efcp_jax.compressors import Compressor, Space, identity, scoped
+from efcp_jax.compressors import (
+    Compressor,
+    Space,
+    each_gram,
+    identity,
+    of_grams,
+    scoped,
+)
 from efcp_jax.metrics import Metric
 from efcp_jax.metrics.base import optional
 from efcp_jax.preconditioners import gram as grams
@@ -125,6 +132,7 @@ def preconditioned(
         vector, _, basis = space.zeros()
         count = jnp.zeros((), jnp.int32)
         dtype = space.layout.dtype
+        copies = lambda value: jax.tree.map(jnp.copy, of_grams(space.counts, value))
         return state_type(
             count=count,
             skipped=jnp.zeros_like(count),
@@ -133,8 +141,8 @@ def preconditioned(
             else None,
             basis=basis,
             window=windows.empty(space, size, dtype),
-            gram=jax.tree.map(jnp.copy, space.grams(jnp.zeros((size, size), dtype))),
-            factor=jax.tree.map(jnp.copy, space.grams(keep(size, dtype))),
+            gram=copies(jnp.zeros((size, size), dtype)),
+            factor=copies(keep(size, dtype)),
             metric=metric.init(space.layout) if metric else None,
         )
 
@@ -148,8 +156,8 @@ def preconditioned(
             error=quantized.specs(vector, error_dtype) if error_feedback else None,
             basis=basis,
             window=Window(rows=row, scale=one, slot=one, filled=one),
-            gram=space.grams(one),
-            factor=space.grams(jax.tree.map(lambda _: one, factor)),
+            gram=of_grams(space.counts, one),
+            factor=of_grams(space.counts, jax.tree.map(lambda _: one, factor)),
             metric=metric.specs(space.layout) if metric else None,
         )
 
@@ -179,7 +187,7 @@ def preconditioned(
         solve = lambda k, kept: coefficients(k, kept, window, slot, values)
         # Large systems keep the cores busy one by one, and their branches apart.
         large = bool(jax.tree.leaves(state.factor))
-        solved = space.each_gram(solve, in_turn=large)(gram, state.factor)
+        solved = each_gram(solve, in_turn=large)(gram, state.factor)
         part = lambda i: jax.tree.map(lambda _, new: new[i], gram, solved)
         chosen = jax.tree.map(lambda x: jnp.where(accept, x, 0), part(0))
         update = lambda weights: space.update(window.rows, weights)

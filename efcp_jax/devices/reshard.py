@@ -36,7 +36,7 @@ def moved(state: Any, mover: Any, like: Any) -> Any:
         vector = mover.vector(quantized.load(jax.tree.map(np.asarray, error)))
         return quantized.store_on_host(vector, like.error)
 
-    ways = {"error": error, "basis": mover.basis}
+    ways = {"error": error, "basis": lambda basis: mover.basis(basis)}
     fields = {
         name: None if getattr(state, name) is None else move(getattr(state, name))
         for name, move in ways.items()

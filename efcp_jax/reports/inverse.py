@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from efcp_jax import _validate, _validate_trees, window as windows
-from efcp_jax.compressors import Compressor, scoped
+from efcp_jax.compressors import Compressor, each_gram, of_grams, scoped
 from efcp_jax.preconditioners.ridge import ridge
 from efcp_jax.protocol import transformation
 from efcp_jax.reports.find import own_states
@@ -128,13 +128,13 @@ def inverse_fisher_product(
 
     def init(space):
         dtype = space.layout.dtype
-        gram = space.grams(jnp.zeros((size, size), dtype))
+        gram = of_grams(space.counts, jnp.zeros((size, size), dtype))
         return _only(own, windows.empty(space, size, dtype), gram)
 
     def specs(space):
         one: Any = PartitionSpec()
         window = Window(rows=space.specs()[1], scale=one, slot=one, filled=one)
-        return _only(own, window, space.grams(one))
+        return _only(own, window, of_grams(space.counts, one))
 
     def step(space, updates, held, values):
         window = held.window
@@ -159,7 +159,7 @@ def _product(space: Any, tree: Any, state: Any, damping: Any, rows: Any) -> Any:
     window, dtype = state.window, space.layout.dtype
     damping = jnp.asarray(damping, dtype)
     shift = damping * jnp.maximum(jnp.asarray(rows, dtype), 1)
-    of_each = lambda function, *trees: space.each_gram(function)(state.gram, *trees)
+    of_each = lambda function, *trees: each_gram(function)(state.gram, *trees)
     systems = of_each(lambda gram: ridge(gram, window.scale, shift))
     over = lambda function, *grams: of_each(
         lambda _, *args: function(*args), systems, *grams
