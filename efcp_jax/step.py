@@ -14,7 +14,14 @@ from jax.sharding import PartitionSpec
 import optax
 
 from efcp_jax import _validate, passes, window as windows
-from efcp_jax.compressors import Compressor, Space, identity, scoped
+from efcp_jax.compressors import (
+    Compressor,
+    Space,
+    each_gram,
+    identity,
+    of_grams,
+    scoped,
+)
 from efcp_jax.feedback import Feedback, Taken
 from efcp_jax.metrics.base import optional
 from efcp_jax.preconditioners import gram as grams
@@ -97,12 +104,12 @@ class _Preconditioned:
 
     def init(self, space: Space) -> Any:
         size, dtype = self.size, space.layout.dtype
-        gram = jnp.zeros((size, size), dtype)
+        copies = lambda value: jax.tree.map(jnp.copy, of_grams(space.counts, value))
         return self.state_type(
             **self.feedback.init(space),
             window=windows.empty(space, size, dtype),
-            gram=jax.tree.map(jnp.copy, space.grams(gram)),
-            factor=jax.tree.map(jnp.copy, space.grams(self.keep(size, dtype))),
+            gram=copies(jnp.zeros((size, size), dtype)),
+            factor=copies(self.keep(size, dtype)),
         )
 
     def specs(self, space: Space) -> Any:
@@ -111,8 +118,8 @@ class _Preconditioned:
         return self.state_type(
             **self.feedback.specs(space),
             window=Window(rows=space.specs()[1], scale=one, slot=one, filled=one),
-            gram=space.grams(one),
-            factor=space.grams(jax.tree.map(lambda _: one, factor)),
+            gram=of_grams(space.counts, one),
+            factor=of_grams(space.counts, jax.tree.map(lambda _: one, factor)),
         )
 
     def step(self, space: Space, updates: Any, state: Any, values: dict) -> Any:
@@ -124,7 +131,7 @@ class _Preconditioned:
         solve = lambda k, kept: self.coefficients(k, kept, window, slot, values)
         # Large systems keep the cores busy one by one, and their branches apart.
         large = bool(jax.tree.leaves(state.factor))
-        solved = space.each_gram(solve, in_turn=large)(gram, state.factor)
+        solved = each_gram(solve, in_turn=large)(gram, state.factor)
         part = lambda i: jax.tree.map(lambda _, new: new[i], gram, solved)
         chosen = jax.tree.map(lambda x: jnp.where(accept, x, 0), part(0))
         update = lambda weights: space.update(window.rows, weights)

@@ -10,7 +10,7 @@ kinds of values:
   that a row is a window of one.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import chex
@@ -33,32 +33,20 @@ Basis: TypeAlias = Any
 Gram: TypeAlias = Any
 
 
-class Mover(Protocol):
-    """Carries the arrays of a state to another layout, on the host."""
-
-    def vector(self, vector: Vector, /) -> Vector:
-        """Return a vector in the new layout."""
-        ...
-
-    def basis(self, basis: Basis, /) -> Basis:
-        """Return what is carried between steps in the new layout."""
-        ...
-
-    def rows(self, rows: Rows, /) -> Rows:
-        """Return a window in the new layout."""
-        ...
-
-    def grams(self, grams: Gram, /) -> Gram:
-        """Return the Gram matrices, or what there is one of for each, likewise."""
-        ...
-
-
 class Space(Protocol):
     """The operations of one representation, on trees of one layout."""
 
     @property
     def layout(self) -> Layout:
         """The leaves of the tree on this device."""
+        ...
+
+    @property
+    def counts(self) -> Any:
+        """How many Gram matrices lie in each array of them, a dictionary of numbers.
+
+        None for one matrix over all leaves.
+        """
         ...
 
     def pack(self, tree: chex.ArrayTree) -> Vector:
@@ -75,12 +63,6 @@ class Space(Protocol):
 
     def specs(self) -> tuple[Any, Any, Any]:
         """Return the `PartitionSpec` of each array that `zeros` returns."""
-        ...
-
-    def accumulate(
-        self, tree: chex.ArrayTree, vector: Vector, accept: jax.Array
-    ) -> Vector:
-        """Return `vector` plus the vector of `tree` if `accept`, within its range."""
         ...
 
     def compress(
@@ -114,15 +96,11 @@ class Space(Protocol):
         """Return the vector that `row` stands for."""
         ...
 
-    def residual(self, vector: Vector, row: Row, scale: Any) -> Vector:
-        """Return `vector` minus `scale` times the vector that `row` stands for."""
-        ...
-
     def inner(self, window: Rows, row: Row) -> Gram:
         """Return G x: this device's share of the inner products of rows and `row`.
 
-        Shape `(m,)`, or for a block-diagonal Gram a tree of arrays `(g, m)`. Summed
-        over all devices the shares are the inner products of the whole vectors.
+        Shape `(m,)`, or an array `(g, m)` for each of `counts`. Summed over all devices
+        the shares are the inner products of the whole vectors.
         """
         ...
 
@@ -138,28 +116,17 @@ class Space(Protocol):
         """Return the tree of `combine`."""
         ...
 
-    def grams(self, value: Any) -> Gram:
-        """Return `value` once for each array of Gram matrices."""
-        ...
+    def mover(self, new: Any) -> Any:
+        """Return what moves states of this space to `new`, one of its kind.
 
-    def each_gram(
-        self, function: Callable[..., Any], *, in_turn: bool = False
-    ) -> Callable[..., Any]:
-        """Return `function` of one Gram matrix for the tree of all there are.
-
-        Of other trees that have something in place of each array of Gram matrices, it
-        gets what belongs to the matrix. It is applied to all at once, or one after the
-        other if `in_turn`.
+        Its methods `vector`, `basis`, `rows` (of a window) and `grams` (what there is
+        for each Gram matrix) take and return whole arrays of NumPy.
         """
-        ...
-
-    def mover(self, new: Any) -> Mover:
-        """Return what moves states of this space to `new`, one of its kind."""
         ...
 
 
 def feed(
-    space: Space,
+    space: Any,
     tree: chex.ArrayTree,
     error: Vector,
     basis: Basis | None,
@@ -167,7 +134,12 @@ def feed(
     count: jax.Array,
     scaled: bool,
 ) -> tuple[Row, jax.Array, Vector, Basis | None]:
-    """Do what `Space.feed` does, one operation of the space after the other."""
+    """Do what `Space.feed` does, by two more operations that `space` has.
+
+    `accumulate(tree, vector, accept)` returns `vector` plus that of `tree` if `accept`,
+    within its range, and `residual(vector, row, scale)` returns `vector` minus `scale`
+    times the vector that `row` stands for.
+    """
     before = quantized.load(error, space.layout.dtype)
     total = space.accumulate(tree, before, accept)
     row, scale, basis = space.compress(total, basis, scaled)
@@ -187,3 +159,16 @@ class Compressor(Protocol):
     def bind(self, layout: Layout) -> Space:
         """Return the space of this representation for trees of `layout`."""
         ...
+
+
+def scoped(compressor: Compressor, block_diagonal: bool) -> Compressor:
+    """Return `compressor` with a Gram matrix for each leaf if `block_diagonal`."""
+    if not block_diagonal:
+        return compressor
+    if not hasattr(compressor, "block_diagonal"):
+        raise ValueError(
+            "`block_diagonal` must be False for compressors that are not of this"
+            f" package, got True for {compressor!r}. Pass `identity()`, `top_k(...)`,"
+            " `low_rank(...)`, `by_label(...)`, or `block_diagonal=False`."
+        )
+    return dataclasses.replace(compressor, block_diagonal=True)  # pyright: ignore

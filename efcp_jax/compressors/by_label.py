@@ -1,13 +1,16 @@
 """Another representation for every kind of leaf, one Gram matrix over all of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any
 
-from efcp_jax.compressors.base import Compressor
-from efcp_jax.compressors.labelled import LabelledSpace, Part
-from efcp_jax.compressors.labels import Prefix, members, prefix
+import jax
+
+from efcp_jax.compressors.base import Compressor, scoped
+from efcp_jax.compressors.composite import PartSpace
+from efcp_jax.compressors.parts import Part
 from efcp_jax.devices.layout import Layout
+from efcp_jax.devices.trees import Prefix, broadcast, names_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class ByLabel:
         compressors: Label and compressor, pair by pair.
         labels: Path and label of each labelled subtree, or a function that makes labels
             from parameters.
-        block_diagonal: Whether every compressor keeps a Gram matrix for each leaf.
+        block_diagonal: Whether every leaf has a Gram matrix of its own.
     """
 
     compressors: tuple[tuple[str, Compressor], ...]
@@ -30,15 +33,15 @@ class ByLabel:
         """Whether all compressors are."""
         return all(compressor.lossless for _, compressor in self.compressors)
 
-    def bind(self, layout: Layout) -> LabelledSpace:
+    def bind(self, layout: Layout) -> PartSpace:
         """Return the space of all compressors for trees of `layout`."""
         known = tuple(label for label, _ in self.compressors)
-        found = members(self.labels, known, layout)
-        parts = (
-            Part.of(label, compressor, layout, found[label])
-            for label, compressor in self.compressors
-        )
-        return LabelledSpace(layout, tuple(parts), self.block_diagonal)
+        found = _members(self.labels, known, layout)
+        parts = []
+        for label, compressor in self.compressors:
+            bind = scoped(compressor, self.block_diagonal).bind
+            parts.append(Part.of(label, bind, layout, found[label]))
+        return PartSpace(layout, tuple(parts), self.block_diagonal)
 
 
 def by_label(
@@ -102,7 +105,7 @@ def by_label(
     for label, compressor in compressors.items():
         _check(label, compressor)
     if not callable(labels):
-        labels = prefix(labels, tuple(compressors))
+        labels = _prefix(labels, tuple(compressors))
     return ByLabel(tuple(compressors.items()), labels)
 
 
@@ -125,3 +128,72 @@ def _check(label: Any, compressor: Any) -> None:
             " `scale_by_ggt`, which holds for all parts, or give every part a"
             " transformation of its own with `optax.partition`."
         )
+
+
+def _prefix(labels: Any, known: Iterable[str]) -> Prefix:
+    """Return a tree of strings as pairs of path and label, which can be hashed.
+
+    Raises:
+        TypeError: A label is not a string.
+        ValueError: A label is not among those `known`.
+    """
+    pairs = []
+    for path, label in jax.tree_util.tree_leaves_with_path(labels):
+        where = f"labels{jax.tree_util.keystr(path)}"
+        if not isinstance(label, str):
+            raise TypeError(
+                "`labels` must be a tree of strings or a function of the parameters to"
+                f" one, got {label!r} of type {type(label).__name__} at {where}."
+            )
+        if label not in known:
+            names = ", ".join(map(repr, known))
+            raise ValueError(
+                f"`labels` must name one of the compressors {names}, got {label!r} at"
+                f" {where}. Add {label!r} to `compressors`, or name one of them."
+            )
+        pairs.append((names_of(path), label))
+    return tuple(pairs)
+
+
+def _members(
+    labels: Prefix | Callable[[Any], Any], known: tuple[str, ...], layout: Layout
+) -> dict[str, tuple[int, ...]]:
+    """Return the leaves of each label, by their numbers, in the order of `known`.
+
+    Going by paths lets a masked tree keep the labels of the whole.
+
+    Args:
+        labels: What `_prefix` returns, or a function from the tree, with
+            `jax.ShapeDtypeStruct`s for leaves, to a tree of labels.
+        known: The labels there are.
+        layout: The leaves. For a tree without any, nothing is checked.
+
+    Returns:
+        A tuple of numbers for each of `known`.
+
+    Raises:
+        TypeError: A label is not a string.
+        ValueError: A leaf has no label, or one that is not known, or a label no leaf.
+    """
+    if not layout.leaves:
+        return dict.fromkeys(known, ())
+    leaves = [jax.ShapeDtypeStruct(leaf.whole, leaf.dtype) for leaf in layout.leaves]
+    tree = layout.treedef.unflatten(leaves)
+    given = broadcast(
+        _prefix(labels(tree), known) if callable(labels) else labels,
+        tree,
+        lambda name, leaf: ValueError(
+            f"`labels` has no entry for {name} of shape {leaf.shape}. Give it, or a"
+            " tree above it, the name of a compressor."
+        ),
+    )
+    found: dict[str, list[int]] = {label: [] for label in known}
+    for index, label in enumerate(given):
+        found[label].append(index)
+    for label, indices in found.items():
+        if not indices:
+            raise ValueError(
+                f"`labels` gives no parameter to the compressor {label!r}. Leave it out"
+                " of `compressors`, or label a parameter with it."
+            )
+    return {label: tuple(indices) for label, indices in found.items()}

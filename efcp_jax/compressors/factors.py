@@ -1,9 +1,13 @@
-"""Rows of thin factors: the arithmetic of the low-rank representation."""
+"""Rows of thin factors: the arithmetic of the low-rank representation.
 
-from collections.abc import Callable
+Leaves of equal matrices are one batch. What is done for all of them at once would take
+temporaries of their size; CPUs and GPUs take a run of leaves at a time.
+"""
+
+from collections.abc import Iterator
 import dataclasses
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -12,225 +16,190 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from efcp_jax.compressors import batches, many_grams
-from efcp_jax.compressors.base import feed
-from efcp_jax.compressors.groups import Group
-from efcp_jax.compressors.matrix import Matrix
-from efcp_jax.compressors.movers import FactorMover
+from efcp_jax import passes, quantized
+from efcp_jax.compressors.matrix import Matrix, by_row, subtract
 from efcp_jax.compressors.orthonormal import orthonormal
+from efcp_jax.compressors.part_movers import FactorMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.routines import Routine, together
-from efcp_jax.numerics import contract, root, roots
+from efcp_jax.devices.routines import Routine
+from efcp_jax.devices.sections import zero_after
+from efcp_jax.numerics import contract, root, roots, saturate
 from efcp_jax.passes import row_scale
 
 
-# An array for each group, by the name of the group.
-Batches: TypeAlias = dict[str, jax.Array]
-
-
 class LowRankRow(NamedTuple):
-    """Factorised matrices, $A = L^T R$, in batches: an array for each group of leaves.
+    """Factorised matrices, $A = L^T R$, of g leaves.
 
     Attributes:
-        left: Orthonormal rows, `(g, r, rows)` for g leaves; a window has
-            `(g, m r, rows)`. Leaves kept whole have none.
-        right: The rows that carry the scale, `(g, r, cols)`; a window
-            `(g, m r, cols)`. A leaf kept whole is its only row.
+        left: Orthonormal rows, `(g, r, rows)`; a window has `(g, m r, rows)`.
+        right: The rows that carry the scale, `(g, r, cols)`; a window `(g, m r, cols)`.
     """
 
-    left: Batches
-    right: Batches
+    left: jax.Array
+    right: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankSpace:
-    """Rows of `LowRankRow`; vectors have a batch of matrices for each group."""
+class FactorSpace:
+    """Rows of `LowRankRow`, vectors `(g, rows, cols)`; a part of a `PartSpace`.
+
+    Attributes:
+        layout: The leaves, of equal matrices.
+        matrix: Their matrix.
+        rank: Columns of the factors.
+        dtype: Dtype of the stored factors.
+        run: About how many entries a run has.
+    """
 
     layout: Layout
-    groups: tuple[Group, ...]
+    matrix: Matrix
+    rank: int
     dtype: np.dtype
-    block_diagonal: bool
+    run: int
 
-    def where(self) -> dict[str, tuple[str, ...]]:
-        """Return the paths of the leaves of each group, in the order of its batch."""
-        numbered = self.layout.treedef.unflatten(range(len(self.layout.leaves)))
-        paths = jax.tree_util.tree_leaves_with_path(numbered)
-        names = [jax.tree_util.keystr(path) for path, _ in paths]
-        return {g.name: tuple(names[i] for i in g.indices) for g in self.groups}
+    @property
+    def counts(self) -> int:  # noqa: D102
+        return len(self.layout.leaves)
 
-    def _map(self, function: Callable[..., Any], *trees: Any) -> dict[str, Any]:
-        """Return `function(matrix, *arrays)` for every group; None for no array."""
-        return {
-            g.name: function(g.matrix, *(tree.get(g.name) for tree in trees))
-            for g in self.groups
-        }
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Yield start and length of runs of about equal length, one leaf at least."""
+        each = max(1, self.run // (self.matrix.rows * self.matrix.cols))
+        each = -(-self.counts // -(-self.counts // each))
+        for start in range(0, self.counts, each):
+            yield start, min(each, self.counts - start)
 
-    def _thin(self, batches: dict[str, Any]) -> dict[str, Any]:
-        """Return what there is for the groups of leaves that are not kept whole."""
-        return {g.name: batches[g.name] for g in self.groups if not g.matrix.whole}
+    def _stack(self, matrices: list[jax.Array]) -> jax.Array:
+        """Return this device's part of the matrices of some leaves, as one batch."""
 
-    def pack(self, tree: chex.ArrayTree) -> Batches:  # noqa: D102
-        matrices = self.layout.matrices(tree)
-        return {g.name: g.stack(matrices, self.layout) for g in self.groups}
+        def own(value: jax.Array) -> jax.Array:
+            ways = self.layout.ways(self.layout.split)
+            missing = self.matrix.rows * ways - len(value)
+            value = jnp.pad(value, [(0, missing), (0, 0)]) if missing else value
+            return self.layout.own(value, axis=0)
 
-    def unpack(self, vector: Batches) -> chex.ArrayTree:  # noqa: D102
-        matrices: dict[int, jax.Array] = {}
-        for group in self.groups:
-            values = group.split(vector[group.name], self.layout)
-            matrices |= zip(group.indices, values, strict=True)
-        return self.layout.tree([matrices[i] for i in range(len(matrices))])
+        # Each leaf is cut before they are stacked, for only what is kept to be copied.
+        return jnp.stack([own(value) for value in matrices])
+
+    def _split(self, values: jax.Array) -> list[jax.Array]:
+        """Undo `_stack`."""
+        rows, _ = self.layout.leaves[0].matrix_shape
+        return list(jnp.unstack(self.layout.gather(values, axis=1)[:, :rows]))
+
+    def pack(self, tree: chex.ArrayTree) -> jax.Array:  # noqa: D102
+        return self._stack(self.layout.matrices(tree))
+
+    def unpack(self, vector: jax.Array) -> chex.ArrayTree:  # noqa: D102
+        return self.layout.tree(self._split(vector))
 
     def zeros(self):  # noqa: D102
-        def zeros(group: Group, dtype: np.dtype, *shape: int) -> jax.Array:
-            return jnp.zeros((len(group.indices), *shape), dtype)
-
-        vector, left, right, basis = {}, {}, {}, {}
-        for group in self.groups:
-            name, a = group.name, group.matrix
-            vector[name] = zeros(group, self.layout.dtype, *batches.shape(a))
-            left[name] = zeros(group, self.dtype, a.rank, a.rows)
-            right[name] = zeros(group, self.dtype, a.rank, a.cols)
-            basis[name] = zeros(group, self.layout.dtype, a.rank, a.cols)
-        return vector, LowRankRow(self._thin(left), right), self._thin(basis)
+        rows, cols = self.matrix.rows, self.matrix.cols
+        zeros = lambda dtype, *shape: jnp.zeros((self.counts, *shape), dtype)
+        vector = zeros(self.layout.dtype, rows, cols)
+        left, right = (zeros(self.dtype, self.rank, size) for size in (rows, cols))
+        return vector, LowRankRow(left, right), right.astype(self.layout.dtype)
 
     def specs(self):  # noqa: D102
-        def spec(*axes: tuple[str, ...]) -> Any:
-            return PartitionSpec(None, *(names or None for names in axes))
+        rows, cols = self.matrix.row_axes or None, self.matrix.col_axes or None
+        left, right = (PartitionSpec(None, None, axes) for axes in (rows, cols))
+        row: Any = LowRankRow(left, right)  # pyright: ignore
+        return PartitionSpec(None, rows, cols), row, right
 
-        vector = self._map(
-            lambda a: spec(a.col_axes) if a.whole else spec(a.row_axes, a.col_axes)
-        )
-        left = self._thin(self._map(lambda a: spec((), a.row_axes)))
-        right = self._map(lambda a: spec((), a.col_axes))
-        return vector, LowRankRow(left, right), self._thin(right)
+    def accumulate(self, tree, vector: jax.Array, accept):  # noqa: D102
+        matrices = self.layout.matrices(tree)
+        whole = lambda: self._stack(matrices)
+        if self.layout.axes:
+            return saturate(vector + jnp.where(accept, whole(), 0), vector.dtype)
+        runs = lambda: (self._stack(matrices[i : i + n]) for i, n in self._runs())
+        return passes.add(vector, runs, whole, accept)
 
-    def accumulate(self, tree, vector: Batches, accept):  # noqa: D102
-        matrices, layout = self.layout.matrices(tree), self.layout
-        return {
-            g.name: batches.accumulate(g, matrices, layout, vector[g.name], accept)
-            for g in self.groups
-        }
-
-    def compress(self, vector: Batches, basis: Any, scaled: bool):  # noqa: D102
-        scale, inverse = row_scale(vector, scaled)
+    def compress(self, vector: jax.Array, basis: jax.Array, scaled: bool) -> Routine:  # noqa: D102
+        # One scale for all batches, which is found once.
+        peak = jnp.max(jnp.abs(vector), initial=jnp.zeros((), vector.dtype))
+        (peak,) = yield _largest, peak[None], None
+        scale, inverse = row_scale(peak, scaled)
         first, second = roots(inverse, self.layout.dtype)
+        row_axes, col_axes = self.matrix.row_axes, self.matrix.col_axes
+        fresh = self._random(basis.dtype)[None]
+        known = yield lax.psum, jnp.sum(jnp.abs(basis), axis=2), col_axes
+        start = jnp.where(known[:, :, None] > 0, basis, fresh)
+        # Scaled with the thin factor, so that no scaled copy of the matrix is made.
+        left = contract("grc,gnc->grn", start * first, vector) * second
+        left = yield lax.psum, left, col_axes
+        left = yield from orthonormal(left, row_axes)
+        left = left.astype(self.dtype)
+        # The rounded factor, so that this is the best right factor for it.
+        rounded = left.astype(vector.dtype)
+        right = contract("grn,gnc->grc", rounded * first, vector) * second
+        right = yield lax.psum, right, row_axes
+        square = yield lax.psum, jnp.sum(right**2, axis=2), col_axes
+        length = root(square)[:, :, None]
+        unit = right / jnp.where(length > 0, length, 1)
+        # A row that met nothing turns towards a fixed random one, so that no gradient
+        # can stay invisible for ever.
+        following = jnp.where(length > 0, unit, start + fresh)
+        return LowRankRow(left, right.astype(self.dtype)), scale, following
 
-        def factors(matrix: Matrix, value, start) -> Routine:
-            if matrix.whole:
-                return None, (value * inverse).astype(self.dtype)[:, None], None
-            fresh = _random(matrix, start.dtype)[None]
-            known = yield lax.psum, jnp.sum(jnp.abs(start), axis=2), matrix.col_axes
-            start = jnp.where(known[:, :, None] > 0, start, fresh)
-            # Scaled with the thin factor, so that no scaled copy of the matrix is made.
-            left = contract("grc,gnc->grn", start * first, value) * second
-            left = yield lax.psum, left, matrix.col_axes
-            left = yield from orthonormal(left, matrix.row_axes)
-            left = left.astype(self.dtype)
-            # The rounded factor, so that this is the best right factor for it.
-            rounded = left.astype(value.dtype)
-            right = contract("grn,gnc->grc", rounded * first, value) * second
-            right = yield lax.psum, right, matrix.row_axes
-            square = yield lax.psum, jnp.sum(right**2, axis=2), matrix.col_axes
-            length = root(square)[:, :, None]
-            unit = right / jnp.where(length > 0, length, 1)
-            # A row that met nothing turns towards a fixed random one, so that no
-            # gradient can stay invisible for ever.
-            following = jnp.where(length > 0, unit, start + fresh)
-            return left, right.astype(self.dtype), following
+    def _random(self, dtype: Any) -> jax.Array:
+        """Return fixed random rows of length about 1, this device's part of them."""
+        cols, axes = self.matrix.cols, self.matrix.col_axes
+        size = cols * self.layout.ways(axes)
+        columns = jax.random.normal(jax.random.key(0), (size, self.rank), dtype)
+        if axes:  # the same numbers as on one device
+            start = lax.axis_index(axes) * cols
+            columns = lax.dynamic_slice_in_dim(columns, start, cols)
+        return columns.T / math.sqrt(size)
 
-        made = self._map(factors, vector, basis)
-        results = dict(zip(made, together(made.values()), strict=True))
-        left, right, following = (
-            {name: result[i] for name, result in results.items()} for i in range(3)
+    def feed(self, tree, error, basis, accept, count, scaled) -> Routine:  # noqa: D102
+        before = quantized.load(error, self.layout.dtype)
+        total = self.accumulate(tree, before, accept)
+        row, scale, basis = yield from self.compress(total, basis, scaled)
+        rest = self.residual(total, row, jnp.where(accept, scale, 0))
+        return row, scale, quantized.store(rest, error, accept, count), basis
+
+    def residual(self, vector: jax.Array, row: LowRankRow, scale: jax.Array):  # noqa: D102
+        return subtract(vector, *row, scale)
+
+    def inner(self, window: LowRankRow, row: LowRankRow) -> Routine:  # noqa: D102
+        # <L^T R, L'^T R'> = sum of (L L'^T) * (R R'^T), entry by entry.
+        lefts, rights = (
+            contract("gpn,gsn->gps", *both).astype(self.layout.dtype)
+            for both in zip(window, row, strict=True)
         )
-        return LowRankRow(self._thin(left), right), scale, self._thin(following)
+        copies = self.matrix.copies
+        if self.matrix.row_axes and self.matrix.col_axes:
+            lefts = yield lax.psum, lefts, self.matrix.row_axes
+            copies *= self.layout.ways(self.matrix.row_axes)
+        return by_row(rights * lefts, self.rank) / copies
 
-    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
-        return feed(self, tree, error, basis, accept, count, scaled)
+    def dot(self, window: LowRankRow, vector: jax.Array) -> jax.Array:  # noqa: D102
+        each = contract("gpn,gnc->gpc", window.left, vector) * window.right
+        return by_row(jnp.sum(each, axis=2), self.rank) / self.matrix.copies
 
-    def expand(self, row: LowRankRow) -> Batches:  # noqa: D102
-        one = jnp.ones((), self.layout.dtype)
-        return self._map(
-            lambda _, left, right: batches.product(left, right, one),
-            row.left,
-            row.right,
-        )
+    def combine(self, window: LowRankRow, coefficients: jax.Array):  # noqa: D102
+        dtype = coefficients.dtype
+        each = jnp.repeat(coefficients, self.rank, axis=1)[:, :, None]
+        left, right = (side.astype(dtype) for side in window)
+        return contract("gpn,gpc->gnc", left * each, right)
 
-    def residual(self, vector: Batches, row: LowRankRow, scale: jax.Array):  # noqa: D102
-        return self._map(
-            lambda _, values, left, right: batches.subtract(values, left, right, scale),
-            vector,
-            row.left,
-            row.right,
-        )
-
-    def inner(self, window: LowRankRow, row: LowRankRow):  # noqa: D102
-        dtype = self.layout.dtype
-
-        def products(all_rows: jax.Array, factor: jax.Array) -> jax.Array:
-            return contract("gpn,gsn->gps", all_rows, factor).astype(dtype)
-
-        def group_inner(matrix: Matrix, left, right, row_left, row_right) -> Routine:
-            # <L^T R, L'^T R'> = sum of (L L'^T) * (R R'^T), entry by entry.
-            rights, copies = products(right, row_right), matrix.copies
-            if not matrix.whole:
-                lefts = products(left, row_left)
-                if matrix.row_axes and matrix.col_axes:
-                    lefts = yield lax.psum, lefts, matrix.row_axes
-                    copies *= self.layout.ways(matrix.row_axes)
-                rights = rights * lefts
-            each = rights.reshape(len(rights), -1, matrix.rank**2)
-            return jnp.sum(each, axis=2) / copies
-
-        made = self._map(group_inner, window.left, window.right, row.left, row.right)
-        return self._sums(dict(zip(made, together(made.values()), strict=True)))
-
-    def dot(self, window: LowRankRow, vector: Batches):  # noqa: D102
-        return self._sums(self._map(batches.dot, window.left, window.right, vector))
-
-    def _sums(self, parts: Batches) -> Any:
-        """Return inner products `(g, m)` of groups as there are Gram matrices."""
-        if self.block_diagonal:
-            return parts
-        sums = [jnp.sum(part, axis=0) for part in parts.values()]
-        return sum(sums[1:], sums[0]) if sums else jnp.zeros(1, self.layout.dtype)
-
-    def combine(self, window: LowRankRow, coefficients):  # noqa: D102
-        weights = self._weights(coefficients)
-        return self._map(batches.combine, window.left, window.right, weights)
-
-    def update(self, window: LowRankRow, coefficients):  # noqa: D102
+    def update(self, window: LowRankRow, coefficients: jax.Array):  # noqa: D102
         if self.layout.axes:
             return self.unpack(self.combine(window, coefficients))
-        weights = self._weights(coefficients)
-        return batches.update(self.groups, self.layout, *window, weights)
+        matrices: list[jax.Array] = []
+        # Every run starts from a zero that is known once the last one's are copied.
+        zero = jnp.zeros((), self.layout.dtype)
+        for start, count in self._runs():
+            at = lax.optimization_barrier(start + zero.astype(jnp.int32))
+            own = jax.tree.map(
+                lambda x, at=at, n=count: lax.dynamic_slice_in_dim(x, at, n),
+                (window, coefficients + zero),
+            )
+            matrices += (values := self._split(self.combine(*own)))
+            zero = zero_after(zero, *values)
+        return self.layout.tree(matrices)
 
-    def _weights(self, coefficients: Any) -> Batches:
-        """Return the coefficients for each group, `(g, m)` or the same, `(1, m)`."""
-        if self.block_diagonal:
-            return coefficients
-        return {group.name: coefficients[None] for group in self.groups}
-
-    def grams(self, value: Any) -> Any:  # noqa: D102
-        if not self.block_diagonal:
-            return value
-        counts = {group.name: len(group.indices) for group in self.groups}
-        return many_grams.repeated(counts, value)
-
-    def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
-        if not self.block_diagonal:
-            return function
-        return many_grams.of_all(function, in_turn)
-
-    def mover(self, new: "LowRankSpace") -> FactorMover:  # noqa: D102
+    def mover(self, new: "FactorSpace") -> FactorMover:  # noqa: D102
         return FactorMover(self, new)
 
 
-def _random(matrix: Matrix, dtype: Any) -> jax.Array:
-    """Return fixed random rows of length about 1, this device's part of them."""
-    size = matrix.cols * matrix.col_ways
-    columns = jax.random.normal(jax.random.key(0), (size, matrix.rank), dtype)
-    if matrix.col_axes:  # the same numbers as on one device
-        start = lax.axis_index(matrix.col_axes) * matrix.cols
-        columns = lax.dynamic_slice_in_dim(columns, start, matrix.cols)
-    return columns.T / math.sqrt(size)
+def _largest(peaks: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.max(peaks), peaks.shape)

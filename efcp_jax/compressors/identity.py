@@ -4,13 +4,13 @@ import dataclasses
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.compressors.base import feed
+from efcp_jax.compressors.base import Space, feed
 from efcp_jax.compressors.blocks import Blocks
+from efcp_jax.compressors.composite import each_leaf
 from efcp_jax.compressors.movers import DenseMover
 from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import contract, saturate
@@ -23,17 +23,21 @@ class Identity:
 
     Attributes:
         value_dtype: Dtype of the stored rows; None for the working dtype.
+        block_diagonal: Whether every leaf has a Gram matrix of its own.
     """
 
     value_dtype: np.dtype | None = None
+    block_diagonal: bool = dataclasses.field(default=False, repr=False)
 
     @property
     def lossless(self) -> bool:
         """Whether rows are kept in the working dtype."""
         return self.value_dtype is None
 
-    def bind(self, layout: Layout) -> "IdentitySpace":
+    def bind(self, layout: Layout) -> Space:
         """Return the dense space for trees of `layout`."""
+        if self.block_diagonal:
+            return each_leaf(Identity(self.value_dtype), layout)
         dtype = self.value_dtype or layout.dtype
         return IdentitySpace(Blocks.of(layout, None), jnp.dtype(dtype))
 
@@ -72,6 +76,8 @@ class IdentitySpace:
 
     blocks: Blocks
     dtype: np.dtype
+
+    counts = None
 
     @property
     def layout(self) -> Layout:  # noqa: D102
@@ -120,22 +126,12 @@ class IdentitySpace:
         return jnp.sum(products if shares is None else shares[:, None] * products, 0)
 
     def combine(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
-        return jnp.einsum(
-            "bms,m->bs",
-            window.astype(coefficients.dtype),
-            coefficients,
-            precision=lax.Precision.HIGHEST,
-        )
+        # A batch of blocks, so that no compiler transposes the window for one matrix.
+        each = jnp.broadcast_to(coefficients, window.shape[:2])
+        return contract("bms,bm->bs", window.astype(each.dtype), each)
 
     def update(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102
         return self.unpack(self.combine(window, coefficients))
-
-    def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
-        return value
-
-    def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
-        del in_turn
-        return function
 
     def mover(self, new: "IdentitySpace") -> DenseMover:  # noqa: D102
         return DenseMover(self.blocks, new.blocks)

@@ -1,15 +1,25 @@
 """Low rank: a pair of thin factors for every matrix of the gradient."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.compressors.factors import LowRankSpace
-from efcp_jax.compressors.groups import groups_of
-from efcp_jax.devices.layout import Layout
+from efcp_jax.compressors.composite import PartSpace
+from efcp_jax.compressors.factors import FactorSpace
+from efcp_jax.compressors.identity import Identity
+from efcp_jax.compressors.matrix import Matrix
+from efcp_jax.compressors.parts import Part, distinct, leaf_parts
+from efcp_jax.devices.layout import Layout, Leaf
+
+
+# Into about how many runs all leaves are taken, and the least entries of a run.
+_RUNS = 8
+_SMALLEST = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +28,46 @@ class LowRank:
 
     Attributes:
         rank: Columns of the factors.
-        block_diagonal: Whether every leaf has a Gram matrix of its own.
         value_dtype: Dtype of the stored factors; None for the working dtype.
+        block_diagonal: Whether every leaf has a Gram matrix of its own.
     """
 
     rank: int = 4
-    block_diagonal: bool = False
     value_dtype: np.dtype | None = None
+    block_diagonal: bool = dataclasses.field(default=False, repr=False)
 
     lossless = False
 
-    def bind(self, layout: Layout) -> "LowRankSpace":
-        """Return the low-rank space for trees of `layout`."""
-        dtype = jnp.dtype(self.value_dtype or layout.dtype)
-        groups = groups_of(layout, self.rank)
-        return LowRankSpace(layout, groups, dtype, self.block_diagonal)
+    def bind(self, layout: Layout) -> PartSpace:
+        """Return the space of thin matrices, and of all else as it is."""
+        alike: dict[Matrix, list[int]] = {}
+        rest = []
+        for index, leaf in enumerate(layout.leaves):
+            thin = self._helps(leaf)
+            found = alike.setdefault(Matrix.of(leaf, layout), []) if thin else rest
+            found.append(index)
+        given = {
+            "rank": self.rank,
+            "dtype": jnp.dtype(self.value_dtype or layout.dtype),
+            "run": max(_SMALLEST, sum(leaf.size for leaf in layout.leaves) // _RUNS),
+        }
+        names, parts = distinct([matrix.shape for matrix in alike]), []
+        for name, (matrix, indices) in zip(names, alike.items(), strict=True):
+            bind = functools.partial(FactorSpace, matrix=matrix, **given)
+            parts.append(Part.of(name, bind, layout, tuple(indices)))
+        if rest or not parts:
+            whole = Identity(self.value_dtype).bind
+            if self.block_diagonal:
+                parts += leaf_parts(whole, layout, rest)
+            else:
+                parts.append(Part.of("whole", whole, layout, tuple(rest)))
+        return PartSpace(layout, tuple(parts), self.block_diagonal)
+
+    def _helps(self, leaf: Leaf) -> bool:
+        """Whether factors make a leaf smaller; alike on all devices."""
+        cols = leaf.parts * (leaf.whole[-1] if leaf.whole else 1)
+        rows = math.prod(leaf.whole[:-1])
+        return self.rank * (rows + cols) < rows * cols
 
 
 def low_rank(
@@ -64,7 +99,7 @@ def low_rank(
     Examples:
         >>> import efcp_jax
         >>> efcp_jax.low_rank(8)
-        LowRank(rank=8, block_diagonal=False, value_dtype=None)
+        LowRank(rank=8, value_dtype=None)
 
     References:
         Vogels et al., `PowerSGD: Practical Low-Rank Gradient Compression for
@@ -74,7 +109,8 @@ def low_rank(
         Leaves whose matrices have the same shape, and lie on the devices in the same
         way, are one batch: the number of kernels and the time to compile follow the
         number of different shapes. The state has an array for each, named by the shape,
-        such as `"256x1024"`, or `"256"` where leaves are kept whole.
+        such as `"256x1024"`; what is kept whole is under `"whole"`, or under shapes too
+        if every leaf has a Gram matrix of its own.
         A window takes m r (rows + cols) values a matrix. A step costs two products of
         the matrix with r columns, and about 2 m r^2 (rows + cols) and 2 m r rows cols
         operations for the Gram matrix and the update.

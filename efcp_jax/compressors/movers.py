@@ -1,12 +1,7 @@
-"""Rows carried from one layout of the devices to another, on the host.
-
-A mover is made by a space for another space of its kind, and moves vectors, bases and
-the rows of windows, whole arrays of NumPy.
-"""
+"""Blocks carried from one layout of the devices to another, on the host."""
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,10 +80,6 @@ class DenseMover:
         flat = take(np.asarray(array).reshape(-1), self.source.reshape(-1), 0)
         return flat.reshape(self.new_places.shape)
 
-    def basis(self, basis: Any) -> Any:
-        """Return what is carried between steps, which is nothing."""
-        return basis
-
     def rows(self, rows: Any) -> Any:
         """Return a window in the new layout."""
         rows = np.asarray(rows)
@@ -107,8 +98,7 @@ class SparseMover:
         self.dense = DenseMover(old.blocks, new.blocks)
         alike = old.passes.kept == new.passes.kept
         self.blocks = self.dense.same_blocks() if alike else None
-        self.vector, self.basis = self.dense.vector, self.dense.basis
-        self.grams = self.dense.grams
+        self.vector, self.grams = self.dense.vector, self.dense.grams
 
     def rows(self, rows: Stored) -> Any:
         """Return a window in the new layout."""
@@ -146,74 +136,3 @@ class SparseMover:
         """Return entries `(blocks, m, k)` as the new space keeps them."""
         put = self.new.passes.from_blocks
         return _store(put(values), put(offsets), self.new.storage, self.new.passes.kept)
-
-
-class FactorMover:
-    """Moves factors, leaf by leaf: other devices may have other groups."""
-
-    def __init__(self, old: Any, new: Any) -> None:
-        self.groups, self.per_leaf = new.groups, new.block_diagonal
-        # Group, place in it and matrix of each leaf in the old layout.
-        found = {
-            index: (group.name, place, group.matrix)
-            for group in old.groups
-            for place, index in enumerate(group.indices)
-        }
-        self.found = [found[index] for index in range(len(found))]
-        self.moves: dict[int, list[np.ndarray]] = {}
-        for group in new.groups:
-            for index in group.indices:
-                layouts = (self.found[index][2], old), (group.matrix, new)
-                was, now = (
-                    positions.of_matrix(
-                        matrix, space.layout.leaves[index], space.layout
-                    )
-                    for matrix, space in layouts
-                )
-                pairs = zip(was, now, strict=True)
-                self.moves[index] = [inverse(before)[after] for before, after in pairs]
-
-    def _map(self, function: Any, batches: dict[str, Any]) -> dict[str, Any]:
-        """Return `function(index, member)` of every leaf there is, in the new batches.
-
-        Leaves kept whole have fewer arrays than others.
-        """
-        moved: dict[str, Any] = {}
-        for group in self.groups:
-            members = []
-            for index in group.indices:
-                name, place, _ = self.found[index]
-                if name in batches:
-                    take_one = lambda batch, place=place: np.asarray(batch[place])
-                    member = jax.tree.map(take_one, batches[name])
-                    members.append(function(index, member))
-            if members:
-                stack = lambda *parts: np.stack(parts)
-                moved[group.name] = jax.tree.map(stack, *members)
-        return moved
-
-    def _along(self, side: int, batches: dict[str, Any]) -> dict[str, Any]:
-        """Move rows (0) or columns (1), which lie along the last axis."""
-        return self._map(lambda i, x: take(x, self.moves[i][side], x.ndim - 1), batches)
-
-    def vector(self, batches: dict[str, Any]) -> dict[str, Any]:
-        """Return a vector in the new layout."""
-
-        def move(index: int, member: np.ndarray) -> np.ndarray:
-            rows, cols = self.moves[index]
-            member = take(member, cols, member.ndim - 1)
-            return take(member, rows, 0) if member.ndim > 1 else member
-
-        return self._map(move, batches)
-
-    def basis(self, batches: dict[str, Any]) -> dict[str, Any]:
-        """Return what is carried between steps in the new layout."""
-        return self._along(1, batches)
-
-    def rows(self, rows: Any) -> Any:
-        """Return a window in the new layout."""
-        return type(rows)(self._along(0, rows.left), self._along(1, rows.right))
-
-    def grams(self, grams: Any) -> Any:
-        """Return what there is for every Gram matrix in the new layout."""
-        return self._map(lambda _, member: member, grams) if self.per_leaf else grams

@@ -1,4 +1,8 @@
-"""Rows in parts, by label or by leaf, carried to another layout on the host."""
+"""Parts carried to another layout on the host.
+
+Other devices may have other parts: leaves may be alike here and not there. So what is
+alike is moved one by one, the members of a part and the leaves of a batch.
+"""
 
 import functools
 from typing import Any
@@ -6,100 +10,146 @@ from typing import Any
 import jax
 import numpy as np
 
+from efcp_jax.devices import positions
+from efcp_jax.devices.positions import inverse, take
 
-class LabelledMover:
-    """Moves every part by its own mover."""
 
-    def __init__(self, movers: dict[str, Any], block_diagonal: bool) -> None:
-        self.movers, self.block_diagonal = movers, block_diagonal
+class PartMover:
+    """Moves every unit, a member or a leaf of a batch, by the mover of its space."""
+
+    def __init__(self, old: Any, new: Any) -> None:
+        self.old, self.new = old, new
+        self.was, self.now = _places(old.parts), _places(new.parts)
+        kinds = [
+            {unit: type(part.space) for unit, (part, *_) in found.items()}
+            for found in (self.was, self.now)
+        ]
+        if kinds[0] != kinds[1]:
+            of = [tuple((p.name, p.members) for p in s.parts) for s in (old, new)]
+            raise ValueError(
+                f"`source` and `target` label parameters differently: {of[0]} and"
+                f" {of[1]}."
+            )
+        # Units that are alike here and there are moved alike.
+        self.mover = functools.cache(self._mover)
+
+    def _mover(self, was: str, now: str) -> Any:
+        old, new = (
+            next(part.space for part in space.parts if part.name == name)
+            for space, name in ((self.old, was), (self.new, now))
+        )
+        return old.mover(new)
+
+    def _map(self, kind: str, arrays: dict[str, Any], divided: bool) -> dict[str, Any]:
+        """Return what the method `kind` of movers makes of the arrays of each unit.
+
+        Args:
+            kind: The name of the method.
+            arrays: What there is for the old parts, by name.
+            divided: Whether the first axis of members is divided among devices.
+        """
+        moved: dict[str, list[Any]] = {}
+        for unit, (now, *_) in self.now.items():
+            was, place, _ = self.was[unit]
+            if was.name not in arrays:
+                continue
+            ways = _ways(self.old, was) if divided else 1
+            cut = functools.partial(_cut, place, len(_units(was)), ways)
+            one = jax.tree.map(cut, arrays[was.name])
+            one = getattr(self.mover(was.name, now.name), kind)(one)
+            moved.setdefault(now.name, []).append(one)
+        ways = {p.name: _ways(self.new, p) if divided else 1 for p in self.new.parts}
+        return {
+            name: jax.tree.map(functools.partial(_together, ways[name]), *each)
+            for name, each in moved.items()
+        }
 
     def vector(self, vector: dict[str, Any]) -> dict[str, Any]:
         """Return a vector in the new layout."""
-        return {k: mover.vector(vector[k]) for k, mover in self.movers.items()}
+        return self._map("vector", vector, True)
 
     def basis(self, basis: dict[str, Any]) -> dict[str, Any]:
         """Return what is carried between steps in the new layout."""
-        return {k: self.movers[k].basis(part) for k, part in basis.items()}
+        return self._map("basis", basis, True)
 
     def rows(self, rows: Any) -> Any:
         """Return a window in the new layout."""
-        parts = {k: mover.rows(rows.parts[k]) for k, mover in self.movers.items()}
-        return type(rows)(parts, rows.ratios)
+        # All batches have one scale, so any leaf tells the ratio of its batch.
+        index = {row: self.was[unit][2] for unit, (_, _, row) in self.now.items()}
+        ratios = np.asarray(rows.ratios)[[index[row] for row in sorted(index)]]
+        return type(rows)(self._map("rows", rows.parts, True), ratios)
 
     def grams(self, grams: Any) -> Any:
         """Return what there is for every Gram matrix in the new layout."""
-        if not self.block_diagonal:
-            return grams
-        return {k: mover.grams(grams[k]) for k, mover in self.movers.items()}
+        return self._map("grams", grams, False) if self.new.block_diagonal else grams
 
 
-class LeafMover:
-    """Moves every leaf by itself: other devices may have other groups."""
+def _places(parts: Any) -> dict[tuple[int, ...], tuple[Any, int, int]]:
+    """Return the part of every unit, its place there and the row of its ratios."""
+    found, rows = {}, 0
+    for part in parts:
+        for i, unit in enumerate(_units(part)):
+            found[unit] = part, i, rows if _is_batch(part) else rows + i
+        rows += len(part.members)
+    return found
+
+
+def _is_batch(part: Any) -> bool:
+    return isinstance(part.space.counts, int)
+
+
+def _units(part: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the leaves of a batch, each as a member, or the members."""
+    return tuple((i,) for i in part.members[0]) if _is_batch(part) else part.members
+
+
+def _ways(space: Any, part: Any) -> int:
+    """Return among how many devices the first axis of the arrays is divided."""
+    return 1 if _is_batch(part) else space.layout.ways(space.layout.axes)
+
+
+def _cut(place: int, count: int, ways: int, x: Any) -> np.ndarray:
+    """Return the array of one of `count` units, which lie side by side on a device."""
+    x = np.asarray(x)
+    if count == 1:
+        return x
+    parts = x.reshape(ways, count, -1, *x.shape[1:])
+    return parts[:, place].reshape(-1, *x.shape[1:])
+
+
+def _together(ways: int, *each: np.ndarray) -> np.ndarray:
+    """Undo `_cut`."""
+    if len(each) == 1:
+        return each[0]
+    parts = [x.reshape(ways, -1, *x.shape[1:]) for x in each]
+    return np.concatenate(parts, axis=1).reshape(-1, *each[0].shape[1:])
+
+
+class FactorMover:
+    """Moves the rows and columns of thin factors."""
 
     def __init__(self, old: Any, new: Any) -> None:
-        self.groups = new.groups
-        self.before, self.after = (s.layout.ways(s.layout.axes) for s in (old, new))
-        # Group of each leaf in the old layout, and its place there.
-        self.found = {
-            index: (group, place)
-            for group in old.groups
-            for place, index in enumerate(group.indices)
-        }
-        # Leaves that are alike here and there are moved alike.
-        self.movers: dict[tuple[str, str], Any] = {}
-        for group in self.groups:
-            for was in (self.found[index][0] for index in group.indices):
-                pair = was.name, group.name
-                if pair not in self.movers:
-                    self.movers[pair] = was.space.mover(group.space)
+        was, now = (
+            positions.of_matrix(space.matrix, space.layout.leaves[0], space.layout)
+            for space in (old, new)
+        )
+        pairs = zip(was, now, strict=True)
+        self.index = [inverse(before)[after] for before, after in pairs]
 
-    def _map(self, name: str, groups: dict[str, Any]) -> dict[str, Any]:
-        """Return what `name` of each leaf's mover makes of it, in the new groups.
-
-        The devices' parts lie behind each other, and in each part the leaves.
-        """
-
-        def divide(count: int, x: Any) -> np.ndarray:
-            parts = np.asarray(x).reshape(self.before, count, -1, *x.shape[1:])
-            return parts.swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
-
-        def join(x: np.ndarray) -> np.ndarray:
-            parts = x.reshape(len(x), self.after, -1, *x.shape[2:])
-            return parts.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-        divided = {
-            was.name: jax.tree.map(
-                functools.partial(divide, len(was.indices)), groups[was.name]
-            )
-            for was, _ in self.found.values()
-        }
-        move = lambda pair, one: getattr(self.movers[pair], name)(one)
-        return jax.tree.map(join, self._regrouped(divided, move))
-
-    def _regrouped(self, groups: dict[str, Any], move: Any) -> dict[str, Any]:
-        """Return `move(names, one)` of each leaf's entries, in the new groups."""
-        moved: dict[str, Any] = {}
-        for group in self.groups:
-            members = []
-            for was, place in (self.found[index] for index in group.indices):
-                take = lambda x, place=place: np.asarray(x[place])
-                one = jax.tree.map(take, groups[was.name])
-                members.append(move((was.name, group.name), one))
-            moved[group.name] = jax.tree.map(lambda *each: np.stack(each), *members)
-        return moved
-
-    def vector(self, vector: dict[str, Any]) -> dict[str, Any]:
+    def vector(self, vector: Any) -> np.ndarray:
         """Return a vector in the new layout."""
-        return self._map("vector", vector)
+        rows, cols = self.index
+        return take(take(vector, rows, 1), cols, 2)
 
-    def basis(self, basis: None) -> None:
-        """Return what is carried between steps, which is nothing."""
-        return basis
+    def basis(self, basis: Any) -> np.ndarray:
+        """Return what is carried between steps in the new layout."""
+        return take(basis, self.index[1], 2)
 
     def rows(self, rows: Any) -> Any:
         """Return a window in the new layout."""
-        return type(rows)(self._map("rows", rows.groups), self.grams(rows.ratios))
+        pairs = zip(rows, self.index, strict=True)
+        return type(rows)(*(take(side, index, 2) for side, index in pairs))
 
-    def grams(self, grams: dict[str, Any]) -> dict[str, Any]:
-        """Return what there is for every Gram matrix in the new layout."""
-        return self._regrouped(grams, lambda _, one: one)
+    def grams(self, grams: Any) -> Any:
+        """Return what there is for every Gram matrix, as it is."""
+        return grams

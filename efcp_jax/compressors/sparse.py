@@ -34,6 +34,8 @@ class SparseSpace:
         """How entries are stored."""
         return self.passes.storage
 
+    counts = None
+
     @classmethod
     def of(
         cls, layout: Layout, size: int | None, density: float, dtype: Any
@@ -130,13 +132,6 @@ class SparseSpace:
         return self.blocks.tree(
             self.passes.combine(window, coefficients, self.blocks.runs)
         )
-
-    def grams(self, value: jax.Array) -> jax.Array:  # noqa: D102
-        return value
-
-    def each_gram(self, function, *, in_turn: bool = False):  # noqa: D102
-        del in_turn
-        return function
 
     def mover(self, new: "SparseSpace") -> SparseMover:  # noqa: D102
         return SparseMover(self, new)

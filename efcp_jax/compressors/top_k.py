@@ -6,6 +6,8 @@ import jax
 import numpy as np
 
 from efcp_jax import _validate
+from efcp_jax.compressors.base import Space
+from efcp_jax.compressors.composite import each_leaf
 from efcp_jax.compressors.sparse import SparseSpace
 from efcp_jax.devices.layout import Layout
 from efcp_jax.passes.entries import DTYPES
@@ -20,16 +22,20 @@ class TopK:
         density: Share of the entries kept.
         block_size: Entries a block; None for a single block.
         value_dtype: Dtype of the stored values; None for the working dtype.
+        block_diagonal: Whether every leaf has a Gram matrix of its own.
     """
 
     density: float = 0.01
     block_size: int | None = None
     value_dtype: np.dtype | None = None
+    block_diagonal: bool = dataclasses.field(default=False, repr=False)
 
     lossless = False
 
-    def bind(self, layout: Layout) -> "SparseSpace":
+    def bind(self, layout: Layout) -> Space:
         """Return the sparse space for trees of `layout`."""
+        if self.block_diagonal:
+            return each_leaf(dataclasses.replace(self, block_diagonal=False), layout)
         dtype = self.value_dtype or layout.dtype
         return SparseSpace.of(layout, self.block_size, self.density, dtype)
 

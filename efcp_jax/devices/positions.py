@@ -48,23 +48,13 @@ def of_matrix(matrix: Any, leaf: Leaf, layout: Layout) -> tuple[np.ndarray, np.n
     """Return the positions of the rows and of the columns of one factorised leaf.
 
     Args:
-        matrix: How the leaf is factorised.
+        matrix: The `Matrix` of the leaf.
         leaf: The leaf on one device.
         layout: The layout it belongs to.
 
     Returns:
-        Row and column numbers in the leaf's whole matrix, two arrays of int64. A leaf
-        kept whole has the row 0 and its entries as columns.
+        Row and column numbers in the leaf's whole matrix, two arrays of int64.
     """
-    if matrix.whole:
-        ways = layout.ways(layout.split)
-        parts = []
-        for at in _devices(layout, matrix.col_axes):
-            entries = _entries(leaf, layout, at).reshape(-1)
-            missing = matrix.cols * ways - entries.size
-            entries = np.pad(entries, (0, missing), constant_values=-1)
-            parts.append(_own(entries, layout, at))
-        return np.zeros(1, np.int64), np.concatenate(parts)
     ways = layout.ways(layout.split)
     rows = []
     for at in _devices(layout, matrix.row_axes):

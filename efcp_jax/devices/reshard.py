@@ -26,7 +26,8 @@ def convert(state: Any, source: Description, target: Description) -> Any:
         fit = lambda array, like: _fitted(np.asarray(array), like.shape)
         return jax.tree.map(fit, held, like.metric)
 
-    ways = {"error": error, "basis": mover.basis, "metric": metric}
+    # Not every mover knows a basis.
+    ways = {"error": error, "basis": lambda x: mover.basis(x), "metric": metric}
     ways |= {"gram": mover.grams, "factor": mover.grams}
     held = {name: getattr(state, name, None) for name in ways}
     fields = {n: ways[n](each) for n, each in held.items() if each is not None}

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from efcp_jax import _validate, _validate_trees, window as windows
-from efcp_jax.compressors import Compressor, scoped
+from efcp_jax.compressors import Compressor, each_gram, of_grams, scoped
 from efcp_jax.preconditioners.ridge import Ridge, ridge
 from efcp_jax.protocol import Step, transformation
 from efcp_jax.reports.find import only_state
@@ -133,12 +133,14 @@ def _solver(
 
     def init(space):
         gram = jnp.zeros((size, size), space.layout.dtype)
-        return _Held(windows.empty(space, size, gram.dtype), space.grams(gram))
+        return _Held(
+            windows.empty(space, size, gram.dtype), of_grams(space.counts, gram)
+        )
 
     def specs(space):
         one: Any = PartitionSpec()
         window = Window(rows=space.specs()[1], scale=one, slot=one, filled=one)
-        return _Held(window, space.grams(one))
+        return _Held(window, of_grams(space.counts, one))
 
     def step(space, updates, held, values):
         rows = held.window.filled if divisor == "filled" else size
@@ -164,7 +166,7 @@ class _Fisher(NamedTuple):
         window, dtype = state.window, space.layout.dtype
         damping = jnp.asarray(damping, dtype)
         shift = damping * jnp.maximum(jnp.asarray(rows, dtype), 1)
-        factorise = space.each_gram(lambda gram: ridge(gram, window.scale, shift))
+        factorise = each_gram(lambda gram: ridge(gram, window.scale, shift))
         return cls(space, window, damping, shift, factorise(state.gram))
 
     def products(self, vector: Any) -> Any:
@@ -178,7 +180,7 @@ class _Fisher(NamedTuple):
 
     def solved(self, vector: Any) -> Any:
         """Return the product with the inverse, by the formula."""
-        each, systems = self.space.each_gram, self.systems
+        each, systems = each_gram, self.systems
         # From the rows themselves: what rounding has made of K does not remain.
         better = each(lambda b, system, v: v + system.solve(system.residual(b, v)))
         weights = each(lambda v, system: system.weights * v)
@@ -193,7 +195,7 @@ class _Fisher(NamedTuple):
     def residual(self, vector: Any, product: Any) -> Any:
         """Return x less the matrix times `product`."""
         scale, share = self.window.scale, self.damping / self.shift
-        weights = self.space.each_gram(lambda b: scale * (scale * share * b))
+        weights = each_gram(lambda b: scale * (scale * share * b))
         rest = jax.tree.map(lambda x, y: x - self.damping * y, vector, product)
         return self.less_rows(rest, weights(self.products(product)))
 

@@ -134,16 +134,19 @@ def test_inner_is_the_transpose_of_combine_and_rows_are_what_they_stand_for():
     # Parts of very different magnitude, so that each has another ratio.
     sizes = {"bias": 1.0, "gain": 1e-3, "kernel": 1e3, "weight": 1e-6}
     stacked = {name: sizes[name] * leaf for name, leaf in stacked.items()}
-    _, _, basis = space.zeros()
+    zero, _, basis = space.zeros()
     made, dense = [], []
     for t in range(M + 1):
         vector = space.pack(cases.at(stacked, t))
-        row, scale, basis = space.compress(vector, basis, True)
+        before = basis
+        row, scale, basis = space.compress(vector, before, True)
         made.append(row)
         dense.append(ravel(space.unpack(space.expand(row))))
-        rest = space.unpack(space.residual(vector, row, scale))
+        given = cases.at(stacked, t), zero, before, jnp.bool_(True), jnp.int32(t), True
+        *_, rest, _ = space.feed(*given)
         difference = ravel(cases.at(stacked, t)) - float(scale) * dense[-1]
-        np.testing.assert_allclose(ravel(rest), difference, rtol=1e-4, atol=2e-4)
+        rest = ravel(space.unpack(rest))
+        np.testing.assert_allclose(rest, difference, rtol=1e-4, atol=2e-4)
     window = jax.tree.map(lambda *x: jnp.concatenate(x, axis=ROW_AXIS), *made[:M])
     products = space.inner(window, made[M])
     np.testing.assert_allclose(products, np.array(dense[:M]) @ dense[M], rtol=1e-5)
@@ -254,7 +257,8 @@ def test_a_function_a_prefix_and_a_masked_tree_label_alike():
     gradient, state = params, masked.init(params)
     updates, state = jax.jit(masked.update)(gradient, state, params)
     np.testing.assert_array_equal(updates["table"], gradient["table"])
-    assert list(state.inner_state.error["m"]) == ["5", "6x5"]
+    assert state.inner_state.error["m"]["6x5"].shape == (1, 6, 5)
+    assert state.inner_state.error["m"]["whole"].size == 5
 
 
 def test_map_params_an_empty_tree_and_a_checkpoint(tmp_path):
@@ -286,8 +290,9 @@ def test_memory_and_diagnostics_are_those_of_the_sum():
     report = efcp_jax.memory_report(tx, cases.params())
     state = tx.init(cases.params())
     assert report.total == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    # Two columns of 6 + 5, two values and offsets, eight entries, and three ratios.
-    row = 4 * 2 * (6 + 5) + 2 * (4 + 1) + 4 * 8
+    # Two columns of 6 + 5 and their ratio, two values and offsets, eight entries, and
+    # three ratios.
+    row = 4 * 2 * (6 + 5) + 4 + 2 * (4 + 1) + 4 * 8
     assert report.fields["window.rows.parts"] == M * row
     assert report.fields["window.rows.ratios"] == M * 4 * 3
     assert report.fields["error"] == 2 * cases.SIZE

@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 import efcp_jax
-from efcp_jax.devices.placement import layout
 from efcp_jax.sharding import reshard_state
 
 
@@ -29,13 +28,8 @@ SHAPES = {
 COMPLEX = ("waves",)
 # Three axes are a matrix of the last against all others; a complex matrix holds real
 # and imaginary parts side by side. Vectors, scalars and small matrices are kept whole.
-WHERE = {
-    "12x9": ("['a']", "['b']['kernel']", "['d']"),
-    "9": ("['b']['bias']", "['small']"),
-    "1": ("['b']['gain']",),
-    "9x12": ("['c']",),
-    "12x10": ("['waves']",),
-}
+MATRICES = {"12x9": 3, "9x12": 1, "12x10": 1}
+WHOLE_SIZE = 9 + 1 + 9
 
 
 def is_shape(node):
@@ -88,19 +82,23 @@ def worst(found, expected):
     )
 
 
-def test_groups_say_which_leaf_is_where():
-    space = efcp_jax.low_rank(RANK).bind(layout(params(), jnp.float32, None))
-    assert space.where() == WHERE
+def test_matrices_of_one_shape_are_a_batch_and_all_else_is_kept_whole():
     state = make().init(params())
-    sizes = {name: len(leaves) for name, leaves in WHERE.items()}
-    assert {name: len(batch) for name, batch in state.error.items()} == sizes
-    rows = state.window.rows
-    assert rows.right.keys() == WHERE.keys()
-    # What is kept whole has one factor and no basis.
-    assert rows.left.keys() == state.basis.keys() == {"12x9", "9x12", "12x10"}
-    assert rows.left["12x9"].shape == (3, WINDOW * RANK, 12)
-    assert rows.right["12x9"].shape == (3, WINDOW * RANK, 9)
-    assert rows.right["9"].shape == (2, WINDOW, 9)
+    matrices = {k: len(batch) for k, batch in state.error.items() if k != "whole"}
+    assert matrices == MATRICES
+    assert state.error["whole"].shape == (1, WHOLE_SIZE)
+    rows = state.window.rows.parts
+    assert rows["12x9"].left.shape == (3, WINDOW * RANK, 12)
+    assert rows["12x9"].right.shape == (3, WINDOW * RANK, 9)
+    assert rows["whole"].shape == (1, WINDOW, WHOLE_SIZE)
+    # What is kept whole has no basis.
+    assert state.basis.keys() == MATRICES.keys()
+
+
+def test_every_leaf_has_a_gram_matrix_of_its_own_if_block_diagonal():
+    gram = make(True).init(params()).gram
+    sizes = {name: len(array) for name, array in gram.items()}
+    assert sizes == MATRICES | {"9": 1, "1": 1, "3x3": 1}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6])
@@ -117,7 +115,7 @@ def test_one_gram_is_the_sum_over_the_leaves():
     steps = gradients()
     _, state = run(make(), steps)
     _, diagonal = run(make(True), steps)
-    total = sum(np.sum(gram, axis=0) for gram in diagonal.gram.values())
+    total = sum(np.sum(gram, axis=0) for gram in jax.tree.leaves(diagonal.gram))
     np.testing.assert_allclose(state.gram, total, rtol=1e-5)
 
 

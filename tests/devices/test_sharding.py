@@ -144,6 +144,8 @@ def test_low_rank_factors_travel_together_whatever_the_number_of_leaves():
             # No axis is idle: a long vector is divided over the rest.
             where.specs["v"] = P(("x", "y"))
             shapes = {name: (16, 32) for name in where.specs} | {"v": (16,)}
+            if leaves > 1:  # of another shape, and so another batch
+                shapes["w1"] = (32, 16)
             tx = efcp_jax.scale_by_mfac(rows, compressor=efcp_jax.low_rank(rank))
             found = efcp_jax.sharding.collectives(compiled_step(where, tx, shapes))
             factors = leaves * rank * (16 + 32 + rows * rank + rank)
@@ -195,8 +197,9 @@ def test_bytes_a_device_fall_as_one_over_the_devices(spec, compressor):
         for n in (1, 8)
     }
     if isinstance(compressor, type(efcp_jax.low_rank())):
-        # One factor and the matrix are divided, the other factor and the basis whole.
-        other = 64 * 2 * 4 * 8
+        # One factor and the matrix are divided, the other factor, the basis and a ratio
+        # for each row whole.
+        other = 64 * 2 * 4 * 8 + 4 * 8
         share = (found[1]["window and error"] - other) / 8 + other
     else:
         share = found[1]["window and error"] / 8

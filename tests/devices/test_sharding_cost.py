@@ -25,11 +25,14 @@ def dense_bytes(d, n, m, value, error):
 
 
 def low_rank_bytes(matrices, rows, cols, n_rows, n_cols, m, rank, value):
-    """Return bytes a device of equal matrices, each side divided by its axes."""
+    """Return bytes a device of equal matrices, each side divided by its axes.
+
+    Every row has a ratio for them.
+    """
     window = m * rank * value * (rows / n_rows + cols / n_cols)
     error = 4 * rows * cols / (n_rows * n_cols)
     basis = 4 * rank * cols / n_cols
-    return matrices * (window + error + basis) + small_bytes(m)
+    return matrices * (window + error + basis) + 4 * m + small_bytes(m)
 
 
 def small_bytes(m):

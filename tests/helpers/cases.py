@@ -200,13 +200,39 @@ def stored_row(space: Any, rows: Any, slot: int) -> Any:
     return jax.tree.map(part, rows, space.zeros()[1])
 
 
-def by_leaf(space: Any, batches: Any) -> list[Any]:
-    """Return the member of each leaf; None where leaves kept whole have none."""
-    found: dict[int, Any] = {}
-    for group in space.groups:
-        batch = batches.get(group.name)
-        for place, index in enumerate(group.indices):
-            found[index] = None if batch is None else batch[place]
+def members(space: Any, rows: Any) -> Any:
+    """Yield the leaves of each member of all parts, its space, rows and ratios."""
+    count = sum(len(part.members) for part in space.parts)
+    ratios = iter(np.asarray(rows.ratios, np.float64).reshape(count, -1))
+    for part in space.parts:
+        own = [rows.parts[part.name]]
+        if (count := len(part.members)) > 1:
+            divided = jax.tree.map(
+                lambda x, n=count: x.reshape(n, -1, *x.shape[1:]), *own
+            )
+            own = [at(divided, i) for i in range(count)]
+        for leaves, each in zip(part.members, own, strict=True):
+            yield leaves, part.space, each, next(ratios)
+
+
+def dense_rows(space: Any, rows: Any, size: int) -> list[np.ndarray]:
+    """Return what the `size` rows stand for, `(size, rows, cols)` for each leaf."""
+    found: dict[int, np.ndarray] = {}
+    if hasattr(space, "parts"):
+        for leaves, inner, own, ratios in members(space, rows):
+            each = [ratios[:, None, None] * x for x in dense_rows(inner, own, size)]
+            found |= zip(leaves, each, strict=True)
+    elif hasattr(rows, "left"):
+        for leaf in range(len(rows.left)):
+            both = (np.float64(side[leaf]) for side in rows)
+            left, right = (x.reshape(size, -1, x.shape[1]) for x in both)
+            found[leaf] = left.swapaxes(1, 2) @ right
+    else:
+        flat = np.float64(np.moveaxis(np.asarray(rows), 1, 0).reshape(size, -1))
+        ends = np.cumsum([leaf.size for leaf in space.layout.leaves])
+        pairs = zip(space.layout.leaves, np.split(flat, ends, axis=1), strict=False)
+        each = [x.reshape(size, *leaf.matrix_shape) for leaf, x in pairs]
+        found = dict(enumerate(each))
     return [found[index] for index in range(len(found))]
 
 
@@ -214,21 +240,19 @@ def low_rank_row(space: Any, state: Any) -> list[np.ndarray]:
     """Return the newest low-rank row as matrices, multiplied out in float64."""
     rows, scale, slot, _ = state.window
     newest = (int(slot) - 1) % len(scale)
-    matrices = []
-    for left, right in zip(*(by_leaf(space, side) for side in rows), strict=True):
-        rank = len(right) // len(scale)
-        part = slice(newest * rank, (newest + 1) * rank)
-        left = np.ones((1, 1)) if left is None else np.asarray(left[part], np.float64)
-        right = np.asarray(right[part], np.float64)
-        matrices.append(float(scale[newest]) * left.T @ right)
-    return matrices
+    factor = float(scale[newest])
+    return [factor * each[newest] for each in dense_rows(space, rows, len(scale))]
 
 
 def products_by_leaf(name: str, products: Any) -> list[Any]:
     """Return what there is for each Gram matrix, in the order of `parts`."""
-    if LOW_RANK.get(name, {}).get("block_diagonal"):
-        return by_leaf(bound(name), products)
-    return jax.tree.leaves(products)
+    if not LOW_RANK.get(name, {}).get("block_diagonal"):
+        return jax.tree.leaves(products)
+    found: dict[int, Any] = {}
+    for part in bound(name).parts:
+        leaves = [index for member in part.members for index in member]
+        found |= zip(leaves, products[part.name], strict=True)
+    return [found[index] for index in range(len(found))]
 
 
 def oracle_compressor(name: str) -> Any:

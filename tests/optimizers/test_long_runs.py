@@ -26,8 +26,6 @@ COMPRESSORS = {
 def stored_rows(name: str, state) -> np.ndarray:
     """Return the stored rows as float64 vectors, shape `(m, d)`."""
     rows = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.window.rows)
-    if name == "dense":
-        return rows[0]
     space = COMPRESSORS[name].bind(layout(cases.params(), jnp.float32, None))
     if name == "sparse":
         values, offsets = (space.passes.by_block(entries) for entries in rows)
@@ -36,11 +34,8 @@ def stored_rows(name: str, state) -> np.ndarray:
         for b, i, k in np.ndindex(blocks, size, kept):
             dense[i, b, int(offsets[b, i, k])] += values[b, i, k]
         return dense.reshape(size, -1)
-    parts = []
-    for left, right in zip(*(cases.by_leaf(space, side) for side in rows), strict=True):
-        left = np.ones((M, 1)) if left is None else left
-        parts.append(np.einsum("mn,mp->mnp", left, right).reshape(M, -1))  # rank 1
-    return np.concatenate(parts, axis=1)
+    leaves = cases.dense_rows(space, rows, M)
+    return np.concatenate([leaf.reshape(M, -1) for leaf in leaves], axis=1)
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
