@@ -114,9 +114,7 @@ def sweep(
         0, whole, lambda i, carry: step(carry, i * chunk, chunk), start
     )
     if count % chunk:
-        # A place that is no constant: else XLA would not update an array where it lies.
-        rest = lax.optimization_barrier(jnp.int32(whole * chunk))
-        carry = step(carry, rest, count % chunk)
+        carry = step(carry, whole * chunk, count % chunk)
     return carry
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import quantized, varying
-from efcp_jax.devices.sections import part, sweep
+from efcp_jax.devices.sections import part
 from efcp_jax.numerics import indexed, saturate
 from efcp_jax.passes.entries import COMMUTING
 
@@ -39,37 +39,50 @@ def feed(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return rounded values and offsets of a row, and the error less them."""
     blocks, size = jax.tree.leaves(error)[0].shape
-    units, chunk = _rounds(form, (blocks, size))
-    unit, whole = form.lanes * size, units // chunk * chunk
-    reads = {
-        n: sections.every([unit * first for first in firsts], unit * n)
-        for n, firsts in ((chunk, range(0, whole, chunk)), (units % chunk, [whole]))
-        if n
-    }
+    lanes, (units, chunk) = form.lanes, _rounds(form, (blocks, size))
+    # The last round begins early enough to be as long as the others: another length
+    # would be another program, whose gradient is read ahead.
+    firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
+    read = sections.every([lanes * size * i for i in firsts], lanes * size * chunk)
 
-    def step(carry: Any, start: Any, n: int) -> Any:
-        old = part(carry[0], start * form.lanes, n * form.lanes)
-        gradient = reads[n](start // chunk if n == chunk else 0).reshape(-1, size)
-        total = quantized.load(old, jnp.float32)
-        total = saturate(total + jnp.where(accept, gradient, 0), jnp.float32)
+    def step(i: jax.Array, carry: Any) -> Any:
+        start = jnp.minimum(i * chunk, units - chunk)
+
+        def fresh(array: jax.Array) -> jax.Array:
+            """Return for each line whether it is of this round, not of the last."""
+            line = jnp.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
+            return line >= (i * chunk - start) * (len(array) // chunk)
+
+        old = part(carry[0], start * lanes, chunk * lanes)
+        before = quantized.load(old, jnp.float32)
+        new = fresh(before) & accept
+        gradient = jnp.where(new, read(i).reshape(-1, size), 0)
+        total = saturate(before + gradient, jnp.float32)
         values, offsets = form.select(total)
         # A scale for the row can be found behind the last round.
         values = _near(form, values, offsets)
-        rest = form.residual(total, jnp.where(accept, values, 0), offsets)
-        rest = quantized.store(rest, old, accept, count, start * form.lanes)
+        left = jnp.where(fresh(values) & accept, values, 0)
+        rest = form.residual(total, left, offsets)
+        rest = quantized.store(rest, old, new, count, start * lanes)
         # Computed on all cores before it is written, which is done on one.
         rest = lax.optimization_barrier(rest)
 
-        def write(array: jax.Array, new: jax.Array) -> jax.Array:
-            at = start * (len(new) // n)
-            return lax.dynamic_update_slice_in_dim(array, new, at, axis=0)
+        def write(array: jax.Array, x: jax.Array) -> jax.Array:
+            at = start * (len(x) // chunk)
+            return lax.dynamic_update_slice_in_dim(array, x, at, axis=0)
 
-        return jax.tree.map(write, carry, (rest, values, offsets))
+        def fill(row: jax.Array, x: jax.Array) -> jax.Array:
+            held = lax.dynamic_slice_in_dim(row, start, len(x))
+            return write(row, jnp.where(fresh(x), x, held))
+
+        error, *row = carry
+        error = jax.tree.map(write, error, rest)
+        return error, *map(fill, row, (values, offsets))
 
     shape = form.row_shape(blocks)
     row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     start = varying.like((error, accept), (error, *row))
-    error, *row = sweep(units, chunk, start, step)
+    error, *row = lax.fori_loop(0, len(firsts), step, start)
     return *row, error
 
 

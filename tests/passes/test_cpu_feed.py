@@ -27,7 +27,7 @@ CASES = [
     Case(11, 1, 300, 6, 1),
     Case(8, 1, 512, 3, 1),
 ]
-# Rounds of one unit, and of half of them, rounded up, so that the last is shorter.
+# Rounds of one unit, and of half of them, rounded up, so that the last begins early.
 ROUNDS = ["one", "half"]
 
 
