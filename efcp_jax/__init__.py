@@ -48,7 +48,7 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
     metrics                             what gradients are measured in
     compressors                         what a row is, one representation a file
-    passes                              work over a window, one file a platform
+    passes                              work over a window, by platform
     devices                             which device holds what
     quantized                           errors of 8 bits
     numerics                            products, casts and scales
