@@ -34,7 +34,11 @@ Gram: TypeAlias = Any
 
 
 class Space(Protocol):
-    """The operations of one representation, on trees of one layout."""
+    """The operations of one representation, on trees of one layout.
+
+    In a space that is only ever a part of another, `compress`, `feed` and `inner` may
+    be routines, which share their collectives with those of other parts.
+    """
 
     @property
     def layout(self) -> Layout:
@@ -43,9 +47,10 @@ class Space(Protocol):
 
     @property
     def counts(self) -> Any:
-        """How many Gram matrices lie in each array of them, a dictionary of numbers.
+        """How many Gram matrices there are, in each array of them.
 
-        None for one matrix over all leaves.
+        None for one over all leaves, a number for one of each leaf, and a dictionary
+        of these for parts.
         """
         ...
 
@@ -99,8 +104,8 @@ class Space(Protocol):
     def inner(self, window: Rows, row: Row) -> Gram:
         """Return G x: this device's share of the inner products of rows and `row`.
 
-        Shape `(m,)`, or an array `(g, m)` for each of `counts`. Summed over all devices
-        the shares are the inner products of the whole vectors.
+        Shape `(m,)`, or an array `(g, m)` for each number g of `counts`. Summed over
+        all devices the shares are the inner products of the whole vectors.
         """
         ...
 

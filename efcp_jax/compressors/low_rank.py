@@ -56,11 +56,7 @@ class LowRank:
             bind = functools.partial(FactorSpace, matrix=matrix, **given)
             parts.append(Part.of(name, bind, layout, tuple(indices)))
         if rest or not parts:
-            whole = Identity(self.value_dtype).bind
-            if self.block_diagonal:
-                parts += leaf_parts(whole, layout, rest)
-            else:
-                parts.append(Part.of("whole", whole, layout, tuple(rest)))
+            parts += leaf_parts(Identity(self.value_dtype).bind, layout, rest)
         return PartSpace(layout, tuple(parts), self.block_diagonal)
 
     def _helps(self, leaf: Leaf) -> bool:
@@ -109,8 +105,7 @@ def low_rank(
         Leaves whose matrices have the same shape, and lie on the devices in the same
         way, are one batch: the number of kernels and the time to compile follow the
         number of different shapes. The state has an array for each, named by the shape,
-        such as `"256x1024"`; what is kept whole is under `"whole"`, or under shapes too
-        if every leaf has a Gram matrix of its own.
+        such as `"256x1024"`, or `"256"` where leaves are kept whole.
         A window takes m r (rows + cols) values a matrix. A step costs two products of
         the matrix with r columns, and about 2 m r^2 (rows + cols) and 2 m r rows cols
         operations for the Gram matrix and the update.

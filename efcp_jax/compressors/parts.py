@@ -1,8 +1,8 @@
 """Parts of a tree: leaves that are compressed together.
 
-A part is the leaves of one label, or one leaf, or a batch. Leaves that are alike and
-stand each for itself are the *members* of one part and make a batch: the number of
-kernels and the time to compile follow the number of different leaves.
+A part is the leaves of one label, those of equal matrices, or one leaf. Leaves that
+stand each for itself and are alike are the *members* of one part, side by side: the
+number of kernels and the time to compile follow the number of different leaves.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,7 +37,7 @@ class PartRow(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Leaves that are compressed together, or several such that are alike.
+    """Leaves that are compressed together, or several alike that are not.
 
     Attributes:
         name: The key of the part in the state.

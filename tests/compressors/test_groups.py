@@ -29,7 +29,7 @@ COMPLEX = ("waves",)
 # Three axes are a matrix of the last against all others; a complex matrix holds real
 # and imaginary parts side by side. Vectors, scalars and small matrices are kept whole.
 MATRICES = {"12x9": 3, "9x12": 1, "12x10": 1}
-WHOLE_SIZE = 9 + 1 + 9
+WHOLE = {"9": 1, "1": 1, "3x3": 1}
 
 
 def is_shape(node):
@@ -82,23 +82,19 @@ def worst(found, expected):
     )
 
 
-def test_matrices_of_one_shape_are_a_batch_and_all_else_is_kept_whole():
-    state = make().init(params())
-    matrices = {k: len(batch) for k, batch in state.error.items() if k != "whole"}
-    assert matrices == MATRICES
-    assert state.error["whole"].shape == (1, WHOLE_SIZE)
+@pytest.mark.parametrize("block_diagonal", [False, True])
+def test_leaves_of_one_shape_are_a_batch(block_diagonal):
+    state = make(block_diagonal).init(params())
+    sizes = lambda arrays: {name: len(array) for name, array in arrays.items()}
+    assert sizes(state.error) == MATRICES | WHOLE
     rows = state.window.rows.parts
     assert rows["12x9"].left.shape == (3, WINDOW * RANK, 12)
     assert rows["12x9"].right.shape == (3, WINDOW * RANK, 9)
-    assert rows["whole"].shape == (1, WINDOW, WHOLE_SIZE)
+    assert rows["3x3"].shape == (1, WINDOW, 9)
     # What is kept whole has no basis.
-    assert state.basis.keys() == MATRICES.keys()
-
-
-def test_every_leaf_has_a_gram_matrix_of_its_own_if_block_diagonal():
-    gram = make(True).init(params()).gram
-    sizes = {name: len(array) for name, array in gram.items()}
-    assert sizes == MATRICES | {"9": 1, "1": 1, "3x3": 1}
+    assert sizes(state.basis) == MATRICES
+    if block_diagonal:
+        assert sizes(state.gram) == MATRICES | WHOLE
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6])
