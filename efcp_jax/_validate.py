@@ -43,7 +43,7 @@ def number(name: str, value: Any) -> Any:
 def number_now(name: str, value: Any) -> float:
     """Return `value` as a float, or raise; no schedule, and nothing traced."""
     _reject_tracer(name, value)
-    return float(_in_interval(name, value))
+    return float(_in_interval(name, value, ", not a schedule"))
 
 
 def _in_interval(name: str, value: Any, alternative: str = "") -> Any:

@@ -163,7 +163,8 @@ def write(
     for sizes in runs:
         ends = np.cumsum(sizes)
         stop = start + int(ends[-1])
-        cuts = [*range(start, stop, indexed()), stop]
+        # One run at least, of no entries where leaves have none.
+        cuts = [*range(start, max(stop, start + 1), indexed()), stop]
         parts = [
             _run(low, high, unit, chunk, units, zero)
             for low, high in itertools.pairwise(cuts)
