@@ -4,11 +4,7 @@ Sizes and counts, never seconds: how long compiling takes goes with the number o
 instructions, which is compared with AdamW's.
 """
 
-import json
-from pathlib import Path
 import re
-import subprocess
-import sys
 
 import compiling
 import pytest
@@ -108,18 +104,7 @@ def test_step_is_within_its_budget(platform, case, record_property):
 
 @platforms
 def test_passes_over_windows_of_every_shape_compile(platform):
-    if package := compiling.missing(platform):
-        pytest.skip(f"`{package}` is not installed")
-    worker = Path(compiling.__file__).with_name("shapes_worker.py")
-    run = subprocess.run(
-        [sys.executable, str(worker), platform],
-        env=compiling.environment(),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    result = json.loads(run.stdout)
+    result = compiling.worker("shapes_worker.py", platform)
     assert result["errors"] == {}
     assert len(result["done"]) > 80
     if platform == "tpu":  # a step over four devices exchanges one number a row

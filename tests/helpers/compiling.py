@@ -59,6 +59,21 @@ def measure(platform: str, case: str) -> dict[str, Any]:
     return result
 
 
+def worker(script: str, platform: str) -> dict[str, Any]:
+    """Return what a script of this folder prints, in JSON, or skip without compiler."""
+    if package := missing(platform):
+        pytest.skip(f"`{package}` is not installed")
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), platform],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
 def over(result: dict[str, Any], budget: dict[str, float]) -> dict[str, Any]:
     """Return what of a result is above its budget.
 
