@@ -210,13 +210,9 @@ def test_a_state_carries_no_axis_names_of_boxes_and_is_sharded_as_without(
         assert len(sharding.spec) <= leaf.ndim
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     if "low_rank" in name:
-        rows = state[0].window.rows
-        left, right = (
-            batch.sharding.spec
-            for side in rows
-            for shape, batch in side.items()
-            if "x" in shape  # the kernel's
-        )
+        parts = state[0].window.rows.parts
+        (kernel,) = (part for shape, part in parts.items() if "x" in shape)
+        left, right = (batch.sharding.spec for batch in kernel)
         divided_by_x, whole = jax.P(None, None, ("x",)), jax.P(None, None, None)
         assert (left, right) == (
             (divided_by_x, whole) if divided == "rows" else (whole, divided_by_x)
