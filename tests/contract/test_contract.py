@@ -67,12 +67,13 @@ def test_every_state_field_is_an_array_or_a_batch_for_each_group(name):
     assert state._fields[0] == "count"
     assert state.count.dtype == jnp.int32
     parts = [state.error, state.basis, state.gram, *state.window[1:]]
-    # A row is one array, or a named tuple of arrays and batches.
+    # A row is one array, or a named tuple of arrays; in parts, one of these for each.
     rows = state.window.rows
     parts += rows if isinstance(rows, tuple) else [rows]
     for part in parts:
         if isinstance(part, dict):
-            assert all(isinstance(batch, jax.Array) for batch in part.values())
+            each = [x if isinstance(x, tuple) else (x,) for x in part.values()]
+            assert all(isinstance(array, jax.Array) for one in each for array in one)
             assert all(re.fullmatch(r"\d+(x\d+)?(-\d+)?", key) for key in part)
         else:
             assert part is None or isinstance(part, jax.Array)
