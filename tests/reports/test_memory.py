@@ -49,10 +49,11 @@ OPTIMIZERS = {
         efcp_jax.sparse_ggt(0.1, M, 0.05, block_size=80),
         M * 5 * 4 * (2 + 1) + 2 * 5 * 80,
     ),
-    # The kernel as (6 + 50) r factors, the vector as itself; a basis of 50 r.
+    # The kernel as (6 + 50) r factors, the vector as itself, a scale a row for each; a
+    # basis of 50 r.
     "low_rank_ggt": (
         efcp_jax.low_rank_ggt(0.1, M, 2),
-        4 * M * (2 * (6 + 50) + 50) + 4 * D + 4 * 2 * 50,
+        4 * M * (2 * (6 + 50) + 50 + 2) + 4 * D + 4 * 2 * 50,
     ),
     "momentum": (efcp_jax.mfac(0.1, M, momentum=0.9), 4 * M * D + 4 * D),
 }
