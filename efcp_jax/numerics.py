@@ -107,10 +107,13 @@ def cast(value: jax.Array, dtype: np.dtype) -> jax.Array:
     return value.astype(dtype)
 
 
+@jax.custom_jvp
 def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the least power of two above `peak`, and its inverse; zeros for zero.
 
-    Both are normal numbers, so multiplying by one and then the other is exact.
+    Both are normal numbers, so multiplying by one and then the other is exact. They are
+    constants, and where a derivative is taken ones for zero: 0 times a row would hide
+    that the row depends on something.
     """
     info = jnp.finfo(peak.dtype)
     _, exponent = jnp.frexp(peak)
@@ -134,6 +137,13 @@ def constant(value: Any, why: str) -> Any:
         raise NotImplementedError(f"efcp_jax has no derivative here: {why}")
 
     return same(value)
+
+
+@power_of_two.defjvp
+def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
+    del tangents
+    made = tuple(jnp.where(x == 0, 1, x) for x in power_of_two(*primals))
+    return made, tuple(map(jnp.zeros_like, made))
 
 
 def not_vanished(value: Any) -> Any:

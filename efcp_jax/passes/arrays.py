@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 import functools
-from typing import Any
 
 import chex
 import jax
@@ -68,24 +67,7 @@ def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]
     # into one for each leaf, which accelerators launch one by one. That of magnitudes
     # is left whole, without a temporary.
     peaks = [jnp.max(jnp.abs(leaf), initial=zero) for leaf in leaves]
-    return _power_of_two(jnp.max(jnp.stack([zero, *peaks])))
-
-
-@jax.custom_jvp
-def _power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `power_of_two(peak)`, which are constants.
-
-    Where a derivative is taken, zeros are 1 times zeros: 0 times a row would hide that
-    the row depends on something.
-    """
-    return power_of_two(peak)
-
-
-@_power_of_two.defjvp
-def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
-    del tangents
-    made = tuple(jnp.where(x == 0, 1, x) for x in power_of_two(*primals))
-    return made, tuple(map(jnp.zeros_like, made))
+    return power_of_two(jnp.max(jnp.stack([zero, *peaks])))
 
 
 def overwrite(

@@ -90,8 +90,9 @@ def _singular_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
     What does not reach the floor stays at the floor.
     """
-    [root], [d_matrix] = (singular(*primals),), tangents
-    values, vectors, known = _decomposed(lax.stop_gradient(primals[0]))
+    (matrix,), (d_matrix,) = primals, tangents
+    root = singular(matrix)
+    values, vectors, known = _decomposed(lax.stop_gradient(matrix))
     sums = values[:, None] + values[None]
     inverse = jnp.where(known[:, None] | known[None], 1 / sums, 0)
 

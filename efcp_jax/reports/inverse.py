@@ -180,10 +180,10 @@ class _Fisher(NamedTuple):
 
     def solved(self, vector: Any) -> Any:
         """Return the product with the inverse, by the formula."""
-        each, systems = each_gram, self.systems
+        systems = self.systems
         # From the rows themselves: what rounding has made of K does not remain.
-        better = each(lambda b, system, v: v + system.solve(system.residual(b, v)))
-        weights = each(lambda v, system: system.weights * v)
+        better = each_gram(lambda b, system, v: v + system.solve(system.residual(b, v)))
+        weights = each_gram(lambda v, system: system.weights * v)
         is_system = lambda node: isinstance(node, Ridge)
         nothing = lambda system: jnp.zeros_like(system.shift)
         rest, solution = vector, jax.tree.map(nothing, systems, is_leaf=is_system)

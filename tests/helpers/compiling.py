@@ -34,7 +34,17 @@ def missing(platform: str) -> str | None:
 
 def environment() -> dict[str, str]:
     """Return the environment of a process that compiles as users do."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return own | {
+        # Devices are described, not looked for.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
+        ),
+    }
 
 
 @functools.cache

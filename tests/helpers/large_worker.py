@@ -1,24 +1,12 @@
 """Compile steps of billions of parameters for a TPU v5e or an H100 that is not here.
 
-    python large_worker.py tpu|cuda
-
-Prints the gigabytes of temporaries of each case, in JSON.
+Run by `compiling.worker` for tpu or cuda; prints the gigabytes of temporaries of each
+case, in JSON.
 """
 
+import functools
 import json
-import os
-from pathlib import Path
 import sys
-
-
-# Devices are described, not looked for.
-os.environ |= {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-}
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +35,10 @@ CASES = {
 
 def temporaries(tx, shapes, place):
     """Return the gigabytes of temporaries of a step on gradients in bfloat16."""
-    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    gradients = [struct(jax.ShapeDtypeStruct(s, jnp.bfloat16)) for s in shapes]
-    state = jax.tree.map(struct, jax.eval_shape(tx.init, gradients))
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    gradients = [struct(shape, jnp.bfloat16) for shape in shapes]
+    state = jax.eval_shape(tx.init, gradients)
+    state = jax.tree.map(lambda leaf: struct(leaf.shape, leaf.dtype), state)
     step = jax.jit(lambda g, s: tx.update(g, s), donate_argnums=(0, 1))
     memory = step.lower(gradients, state).compile().memory_analysis()
     return memory.temp_size_in_bytes / 1e9

@@ -1,23 +1,12 @@
 """Compiles passes over windows of many shapes for a device that is not here.
 
-Run as `python shapes_worker.py tpu|cuda`; prints JSON: what was compiled, and the
+Run by `compiling.worker` for tpu or cuda; prints JSON: what was compiled, and the
 errors of what was not.
 """
 
 import functools
 import json
-import os
-from pathlib import Path
 import sys
-
-
-os.environ |= {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-}
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 import jax
 import jax.numpy as jnp
