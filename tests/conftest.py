@@ -40,9 +40,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every",
         type=int,
-        default=8,
+        default=12,
         metavar="N",
-        help="of the cases of a test function the first and every N-th (default 8)",
+        help="of the cases of a test function the first and every N-th (default 12);"
+        " 1 for all, and for the functions that are marked as slow",
     )
 
 
@@ -74,13 +75,14 @@ _WHOLE = ("whole", "compile_cuda", "compile_tpu", "fuzz")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave cases out, but no function."""
+    """Leave cases out, and functions only if they are slow."""
     every, seen, kept, left_out = config.getoption("every"), {}, [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
         seen[function] = seen.get(function, -1) + 1
         whole = any(map(item.get_closest_marker, _WHOLE))
         kept_here = whole or seen[function] % every == 0
+        kept_here &= every == 1 or not item.get_closest_marker("slow")
         (kept if kept_here else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

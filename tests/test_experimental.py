@@ -135,6 +135,7 @@ def test_with_all_of_them_nothing_is_said(whole):
     assert len(steps) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing",
     [

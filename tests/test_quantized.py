@@ -156,6 +156,7 @@ def test_a_skipped_step_leaves_every_bit():
         jax.tree.map(np.testing.assert_array_equal, after[0].error, state[0].error)
 
 
+@pytest.mark.slow
 def test_states_tell_of_the_error_as_it_is():
     tx = efcp_jax.sparse_mfac(0.1, 3, 0.25, block_size=16, **INT8)
     stacked, state = cases.gradients(4), tx.init(cases.params())
@@ -170,6 +171,7 @@ def test_states_tell_of_the_error_as_it_is():
     assert fields["error.units"] == 3 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparse", "low rank"])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_many_devices_and_moves_between_them(name, kind):

@@ -60,6 +60,7 @@ def test_update_equals_the_textbook_in_float32(method, name, stage):
     check_update(method, name, stage, jnp.float32, tolerance)
 
 
+@pytest.mark.slow
 @every_stage
 @every_representation
 @every_method
@@ -161,6 +162,7 @@ def test_ggt_keeps_its_accuracy_for_small_eps(eps):
     assert oracles.relative_error(update, expected) <= expected_error
 
 
+@pytest.mark.slow
 def test_mfac_is_accurate_where_the_published_form_is_not():
     # The published ImageNet setting: rows of length 1, damping 1e-7, a large window.
     # Like gradients, the rows have a mean in common, here as long as their noise.

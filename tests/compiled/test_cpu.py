@@ -4,6 +4,7 @@ import compiling
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparse-1/128-m64", "low-rank-4-m64"])
 def test_program_is_no_larger_than_that_of_adamw(name):
     result = compiling.measure("cpu", f"{name}-transformer")

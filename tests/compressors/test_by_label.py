@@ -192,6 +192,7 @@ def test_every_dtype_and_a_state_that_is_a_fixed_point(dtype):
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mfac", "ggt"])
 def test_vmap_gives_each_of_several_runs(method):
     tx, runs = make(method), [cases.gradients(4, seed=seed) for seed in range(3)]
@@ -207,6 +208,7 @@ def test_vmap_gives_each_of_several_runs(method):
             assert oracles.relative_error(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", ["bias", "kernel", "weight"])
 def test_a_gradient_that_is_not_finite_in_one_part_is_skipped_by_all(leaf):
     stacked = cases.gradients(6)
@@ -260,6 +262,7 @@ def test_a_function_a_prefix_and_a_masked_tree_label_alike():
     assert list(state.inner_state.error["m"]) == ["5", "6x5"]
 
 
+@pytest.mark.slow
 def test_map_params_an_empty_tree_and_a_checkpoint(tmp_path):
     empty = make("mfac")
     assert empty.update({}, empty.init({}))[0] == {}

@@ -126,6 +126,7 @@ def test_the_program_does_not_grow_with_the_number_of_equal_leaves():
     assert operations(2) == operations(20)
 
 
+@pytest.mark.slow
 def test_runs_of_leaves_are_the_batch():
     """Trees that are too large for one run are updated a few leaves at a time."""
     like = [jnp.zeros((128, 160))] * 11 + [jnp.zeros((300, 300)), jnp.zeros(50_000)]
@@ -219,6 +220,7 @@ def on_mesh(count, tree, specs=SPECS):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_diagonal", [False, True])
 def test_one_shape_in_several_placements_is_several_groups(block_diagonal):
     like = {name: jnp.zeros((16, 24)) for name in SPECS}
@@ -231,6 +233,7 @@ def test_one_shape_in_several_placements_is_several_groups(block_diagonal):
     assert worst(jax.device_get(updates), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_diagonal", [False, True])
 def test_states_move_between_devices_with_other_groups(block_diagonal):
     like = {name: jnp.zeros((16, 24)) for name in SPECS} | {"v": jnp.zeros(10)}

@@ -118,6 +118,7 @@ MESH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "metric"),
     [(case, None) for case in MESH]

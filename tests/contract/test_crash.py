@@ -52,12 +52,14 @@ def assert_resumes(style: str, directory: Path) -> int:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", crash_worker.LOAD)
 def test_a_run_killed_while_training_resumes_bit_by_bit(style, tmp_path):
     killed(style, tmp_path, lambda line: line == "step 8")
     assert assert_resumes(style, tmp_path) in (6, 9)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_writing_a_file_resumes_from_the_one_before(tmp_path):
     killed("flax", tmp_path, lambda line: line == "half", "pause")
     halves = (tmp_path / "checkpoint.tmp").stat().st_size
@@ -65,6 +67,7 @@ def test_a_run_killed_while_writing_a_file_resumes_from_the_one_before(tmp_path)
     assert assert_resumes("flax", tmp_path) == 2 * crash_worker.EVERY
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_orbax_saves_resumes_from_the_last_complete_step(tmp_path):
     def unfinished(directory):
         return [path for path in directory.iterdir() if "tmp" in path.name]

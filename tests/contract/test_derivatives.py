@@ -117,6 +117,7 @@ def transform(method, rate, ridge, **given):
 
 # A derivative knows no difference between compressors in the solution of a system: each
 # is tried with one preconditioner over all leaves, and with the other leaf by leaf.
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "leaves"), [("mfac", False), ("ggt", True)])
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_compressors(name, method, leaves):
@@ -164,6 +165,7 @@ def constant(params, noise, step):
     return jax.tree.map(jnp.ones_like, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [skipped, zero, vanishing, constant])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_a_special_kind(method, gradient):
@@ -172,6 +174,7 @@ def test_gradients_of_a_special_kind(method, gradient):
     check(after_steps(make, gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "compressor"), [("mfac", "identity"), ("ggt", "blocks")]
 )
@@ -204,6 +207,7 @@ def gradient_of(dtype, shape, values=None, errors=None, block=2):
     return np.asarray(jax.jit(jax.grad(loss))(given), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize("narrow", [None, jnp.bfloat16])
 def test_forms_of_every_platform_are_passed_by(narrow, monkeypatch):

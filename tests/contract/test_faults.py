@@ -228,6 +228,7 @@ def losses(kind: str, name: str) -> dict[str, np.ndarray]:
     return dict(zip(DISTURBANCES, np.asarray(table), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", list(DISTURBANCES)[1:])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["sparse", "low_rank"])

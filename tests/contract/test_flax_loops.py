@@ -101,6 +101,7 @@ class CNN(nnx.Module):
         return self.linear2(x)
 
 
+@pytest.mark.slow
 @every_alias
 def test_the_mnist_tutorial_of_nnx(name):
     model = CNN(rngs=nnx.Rngs(0))
@@ -231,6 +232,7 @@ def train_step(model, optimizer, x, y):
     return loss
 
 
+@pytest.mark.slow
 @every_alias
 def test_data_parallel_training_in_nnx(name):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -327,6 +329,7 @@ class MultiDotReluDot(nnx.Module):
         return scan_over_layers(x, self.layers)[0]
 
 
+@pytest.mark.slow
 @every_alias
 def test_scaling_up_in_nnx_with_a_scan_over_layers(name):
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
@@ -369,6 +372,7 @@ class LinenDotReluDot(nn.Module):
         return jax.lax.with_sharding_constraint(jnp.dot(y, w2), on("data", None))
 
 
+@pytest.mark.slow
 @every_alias
 def test_scaling_up_in_linen(name):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
@@ -429,6 +433,7 @@ def test_gradient_accumulation(name):
     falls([float(train_step(model, optimizer, x, y)) for x, y in batches])
 
 
+@pytest.mark.slow
 @every_alias
 def test_checkpoints(name, tmp_path):
     make = lambda: MLP(1, 16, 1, rngs=nnx.Rngs(0))

@@ -130,6 +130,7 @@ def steps(name, error_dtype, count=6):
     return np.stack(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error_dtype", [None, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("name", RUN)
 def test_steps_in_reach_of_short_indices_are_those_of_long_ones(

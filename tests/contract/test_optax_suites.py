@@ -151,6 +151,7 @@ class _JittedMultiSteps(optax.MultiSteps):
         return _jitted(super().gradient_transformation())
 
 
+@pytest.mark.slow
 @every_variant
 def test_the_common_suite_of_contrib_passes(name):
     check(
@@ -298,6 +299,7 @@ def _in_place_of_optax(name: str, path: str) -> dict[str, dict[str, Any]]:
     return {module: each for module, each in given.items() if f"{module}\n" in text}
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize(
     ("path", "case"),

@@ -89,6 +89,7 @@ def chosen(where):
     return cases.Placing(where.mesh, specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alias", "placing", "how", "ambient"), sorted({*CALLS[::5], *PLACES[::2]})
 )
@@ -193,6 +194,7 @@ def odd(seed):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", ["mfac", "low_rank_ggt"])
 def test_what_does_not_divide_is_padded_and_carried_over(alias, divided):
     tx = cases.ALIASES[alias]()

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 
 WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
@@ -64,6 +65,7 @@ def run_together(processes, devices, first, last, directory, deadline):
     assert not failure, failure
 
 
+@pytest.mark.slow
 def test_processes_save_and_go_on_with_another_number_of_devices(tmp_path):
     deadline = time.time() + SECONDS
     together, alone = tmp_path / "together", tmp_path / "alone"

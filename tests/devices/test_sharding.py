@@ -133,6 +133,7 @@ def test_a_step_sums_m_numbers_and_gathers_only_over_idle_axes(placing, compress
         assert found == expected
 
 
+@pytest.mark.slow
 def test_low_rank_factors_travel_together_whatever_the_number_of_leaves():
     rank, rows = 2, 5
     for partition in (P("x"), P(None, "x"), P("x", "y")):

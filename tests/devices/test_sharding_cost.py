@@ -71,6 +71,7 @@ SHAPES = {"w": (256, 64)}
 SIZE = 256 * 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_bytes_a_device_are_those_of_the_cost_model(devices):
     axes, specs = {"x": devices}, {"w": P("x")}
@@ -119,6 +120,7 @@ def test_operations_grow_with_the_window_as_in_the_cost_model(compressor, slope)
     assert (flops[1] - flops[0]) / 16 == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_bytes_on_the_wire_are_those_of_the_cost_model():
     sparse = efcp_jax.top_k(1 / 16, block_size=256)
     for m in (4, 9):

@@ -253,6 +253,7 @@ def test_a_restart_on_other_devices_goes_on_with_equal_results(
     assert cases.worst(found, expected) < 100 * np.finfo(np.float32).eps
 
 
+@pytest.mark.slow
 def test_rows_move_between_ways_to_store_entries():
     """Offsets of an eighth of the parameters fit a word, those of all do not."""
     size, ways = 80_000, 8
@@ -325,6 +326,7 @@ def carried(dtype, size, before, after):
     return entries(state.window.rows), entries(moved.window.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("after", [1, 3])
 def test_values_of_eight_bits_move_as_they_are_with_their_tiles(dtype, after):

@@ -25,6 +25,7 @@ def load(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [200, 512])  # two arrays, and one of words
 def test_step_benchmark_covers_every_optimizer_and_stage(load, tmp_path, block_size):
     load("step").main(["--sizes", "6000,4,0.05,2", "--runs", "1", "--output",
@@ -40,6 +41,7 @@ def test_step_benchmark_covers_every_optimizer_and_stage(load, tmp_path, block_s
     assert (tmp_path / "step.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_scaling_benchmark_fits_an_exponent_for_d_m_and_k(load, tmp_path):
     load("scaling").main(["--size", "2048", "--window-size", "4", "--doublings", "1",
                           "--block-size=512", "--runs", "1", "--output",

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
@@ -19,6 +21,7 @@ def output(script, *arguments):
     ).stdout
 
 
+@pytest.mark.slow
 def test_a_flax_loop_through_an_orbax_checkpoint_is_the_loop_without_a_stop():
     text = output("checkpoint.py")
     equal, arrays = map(int, re.search(r"bit: (\d+) of (\d+)$", text, re.M).groups())
@@ -28,12 +31,14 @@ def test_a_flax_loop_through_an_orbax_checkpoint_is_the_loop_without_a_stop():
         assert float(last) < 0.5 * float(first)
 
 
+@pytest.mark.slow
 def test_gradients_accumulated_outside_give_the_parameters_of_multi_steps():
     text = output("accumulate_gradients.py")
     (difference,) = re.findall(r"difference of the parameters: (\S+)$", text, re.M)
     assert float(difference) < 1e-3
 
 
+@pytest.mark.slow
 def test_monitor_prints_and_plots_the_figures_of_a_training(tmp_path):
     file = tmp_path / "monitor.png"
     text = output("monitor.py", "--plot", str(file))
@@ -51,6 +56,7 @@ def test_monitor_prints_and_plots_the_figures_of_a_training(tmp_path):
         assert 0 < ratio < 1
 
 
+@pytest.mark.slow
 def test_influence_finds_mislabelled_examples():
     text = output("influence.py")
     found = re.findall(r"^(with|by|chosen) .* (\S+)$", text, re.M)
@@ -60,6 +66,7 @@ def test_influence_finds_mislabelled_examples():
     assert 0.05 < found["chosen"] < 0.15
 
 
+@pytest.mark.slow
 def test_pruning_by_the_inverse_fisher_matrix_is_no_worse_than_by_magnitude():
     text = output("pruning.py")
     (whole,) = re.findall(r"all weights: (\S+)$", text, re.M)
@@ -92,6 +99,7 @@ def test_a_replaced_line_trains_as_well_as_dense_rows_in_a_tenth_of_the_memory()
     assert found["sparse GGT"] < found["AdamW"]
 
 
+@pytest.mark.slow
 def test_every_compressor_comes_near_to_dense_rows():
     found = losses(output("02_choose_a_compressor.py"))
     assert len(found) == 6
@@ -106,6 +114,7 @@ def test_memory_is_planned_without_allocating_any():
     assert "window.rows.values" in text
 
 
+@pytest.mark.slow
 def test_the_tools_of_optax_go_around_a_preconditioner():
     found = losses(output("04_chain_with_optax.py"))
     assert len(found) == 4
@@ -113,12 +122,14 @@ def test_the_tools_of_optax_go_around_a_preconditioner():
     assert max(found.values()) < 1.5 * reference
 
 
+@pytest.mark.slow
 def test_feedback_serves_other_optimizers():
     found = losses(output("05_feedback_for_other_optimizers.py"))
     assert found["Adam, 4 of 128"] < found["Adam, 4 of 128, no feedback"]
     assert found["Muon, 4 of 128"] < 2 * found["Muon, dense, the reference"]
 
 
+@pytest.mark.slow
 def test_a_training_is_a_scan_and_several_are_a_vmap():
     lines = re.findall(r"^.* loss (.*)$", output("06_scan_many_runs.py"), re.M)
     sparse, dense = (
@@ -128,6 +139,7 @@ def test_a_training_is_a_scan_and_several_are_a_vmap():
     assert min(sparse) < 1.3 * min(dense)
 
 
+@pytest.mark.slow
 def test_devices_that_send_few_entries_train_with_their_mean():
     text = output("07_compressed_gradients_between_devices.py")
     found = re.findall(r"^(\w+) +sent: loss (\S+), accuracy (\S+), (\d+) b", text, re.M)

@@ -63,6 +63,7 @@ def test_augmented_images_are_shifts_and_flips(load):
     assert len(seen) > 12  # of 18
 
 
+@pytest.mark.slow
 def test_a_published_experiment_runs_on_cifar(load, cifar, tmp_path):
     folder, _ = cifar
     load("images").main(

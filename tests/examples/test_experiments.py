@@ -57,6 +57,7 @@ def test_every_command_trains_and_writes(load, tmp_path, command, args):
     )
 
 
+@pytest.mark.slow
 def test_every_optimizer_trains_with_its_settings(load, tmp_path):
     specs = [
         *("adamw_b999", "sgd:weight_decay=1e-4", "muon", "ggt", "low_rank_mfac:rank=1"),
@@ -113,6 +114,7 @@ def test_seeds_at_once_and_compiled_loops_change_nothing(load, tmp_path, how):
             np.testing.assert_allclose(a["curve"][name], b["curve"][name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_what_the_first_half_has_trained(load, tmp_path):
     args = ("--model", "cnn1d", "--base-steps", "2")
     (first,) = run(load, "finetune", tmp_path / "first", *args)

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_sharded.py"
 
 
+@pytest.mark.slow
 def test_the_sharded_example_sends_two_small_sums_and_learns():
     output = subprocess.run(
         [sys.executable, str(SCRIPT), "--parallel", "fsdp", "--steps", "21"],

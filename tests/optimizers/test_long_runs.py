@@ -38,6 +38,7 @@ def stored_rows(name: str, state) -> np.ndarray:
     return np.concatenate([leaf.reshape(M, -1) for leaf in leaves], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_the_gram_matrix_does_not_drift_in_twenty_thousand_steps(name):
     tx = efcp_jax.scale_by_mfac(M, compressor=COMPRESSORS[name])

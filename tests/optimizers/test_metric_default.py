@@ -30,6 +30,7 @@ def gradients():
     ]
 
 
+@pytest.mark.slow
 @every_optimizer
 @pytest.mark.parametrize("named", [{}, {"relative": True}])
 def test_units_of_the_window_are_those_of_the_metric(name, named):
@@ -42,6 +43,7 @@ def test_units_of_the_window_are_those_of_the_metric(name, named):
     assert worst(cases.vectors(default), cases.vectors(euclidean)) > 0.1
 
 
+@pytest.mark.slow
 @every_optimizer
 @pytest.mark.parametrize(
     "value", [0.25, jnp.float32(0.25), optax.constant_schedule(0.25)]

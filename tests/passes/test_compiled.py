@@ -102,6 +102,7 @@ def test_temporaries_do_not_grow_with_the_window(compiled):
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * bytes_of(state.error)
 
 
+@pytest.mark.slow
 def test_factor_of_a_large_window_is_carried_without_a_copy():
     window = systems._SMALLEST
     tx = efcp_jax.scale_by_mfac(window, compressor=efcp_jax.top_k(0.05))

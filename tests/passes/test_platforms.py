@@ -113,6 +113,7 @@ def test_kernels_of_float32_run_where_64_bits_are_on(name, platform, pretend):
     assert_close(there, here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["top_k-tiles", "top_k-tiles-f16", "top_k-tiles-f8", "top_k"]
 )

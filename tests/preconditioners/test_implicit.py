@@ -92,6 +92,7 @@ def test_equals_central_differences(kind, rows):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_kind
 def test_second_derivatives_equal_central_differences(kind):
     loss, given = loss_of(update, kind, np.eye(M, D), CHANGE), np.array([0.3, 0.0])
@@ -111,6 +112,7 @@ def test_dependent_rows_have_the_derivative_of_their_span(kind, ridge):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_factorisation_that_was_kept(monkeypatch):
     monkeypatch.setattr(systems, "_SMALLEST", M)
     monkeypatch.setattr(systems, "_RUN", 2)

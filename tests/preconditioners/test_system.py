@@ -56,6 +56,7 @@ def test_every_step_solves_the_system(first):
         assert error(result, gram, slot, damping, SIZE) <= 10 * condition * EPS
 
 
+@pytest.mark.slow
 def test_nothing_drifts_over_two_rounds_of_the_window():
     rng = np.random.default_rng(1)
     rows = rows_of(rng).astype(np.float32)
@@ -171,6 +172,7 @@ def test_doubles_stay_doubles():
             assert error(result, gram, slot, 1e-3, SIZE) <= 1e-11
 
 
+@pytest.mark.slow
 def test_batches_keep_a_factor_each():
     rng = np.random.default_rng(7)
     grams = []
@@ -248,6 +250,7 @@ def test_optimizers_keep_a_factor_for_every_matrix(block_diagonal):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_devices_keep_the_factor_of_one_device():
     size, steps = systems._SMALLEST, 4
     rng = np.random.default_rng(9)

@@ -233,6 +233,7 @@ def test_map_params_and_a_checkpoint_keep_the_state(tmp_path):
     aliases.assert_equal(*continued)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("placing", "kind", "every"),
     [
@@ -262,6 +263,7 @@ def test_figures_on_a_mesh_are_those_of_one_device(placing, kind, every):
         np.testing.assert_allclose(value, like, rtol=slack)
 
 
+@pytest.mark.slow
 def test_a_mesh_outside_of_traced_functions():
     where = sharding_cases.PLACINGS["fsdp"]
     mesh = where.make_mesh()
