@@ -1,10 +1,13 @@
-"""Train image classifiers: on digits, on CIFAR-10 or on folders such as ImageNet's.
+"""Train image classifiers: digits, Fashion-MNIST, CIFAR-10 or folders like ImageNet's.
 
 Without --data-dir the images are scikit-learn's digits, 8 x 8. A folder with
-`data_batch_1.bin` is CIFAR-10; one with `train` and `val` has a folder a class in each.
+`train-images-idx3-ubyte.gz` is MNIST or Fashion-MNIST, one with `data_batch_1.bin` is
+CIFAR-10; one with `train` and `val` has a folder a class in each. Learning rates are
+chosen on training images that are held out, the test set is looked at once.
 --published sets what the published experiments say; what is given beside it counts.
 
     python examples/experiments/images.py --model cnn --optimizers adamw_b95 sparse_mfac
+    python examples/experiments/images.py --data-dir fashion-mnist --model resnet20
     python examples/experiments/images.py --data-dir cifar --published cifar_resnet20
 """
 
@@ -12,7 +15,7 @@ from pathlib import Path
 import sys
 
 from lab import command, sources
-from lab.convolutional import LineCNN, ResNet
+from lab.convolutional import LineCNN, ResNet, SmallCNN
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the CNN of the shorter example
@@ -25,6 +28,7 @@ BATCH_SEEDS = 1
 
 PUBLISHED = {
     "cifar_resnet20": {
+        "hold_out": 0,
         "model": "resnet20",
         "batch_size": 128,
         "epochs": 164,
@@ -36,6 +40,7 @@ PUBLISHED = {
         "learning_rates": ["1e-3"],
     },
     "cifar_resnet18": {
+        "hold_out": 0,
         "model": "resnet18",
         "batch_size": 32,
         "epochs": 20,
@@ -70,9 +75,9 @@ class DigitsCNN(CNN):
 
 
 def cnn(classes, shape):
-    if shape != (8, 8, 1):
-        raise ValueError("the model cnn is for digits; take resnet20 or resnet18")
-    return DigitsCNN
+    if shape == (8, 8, 1):
+        return DigitsCNN
+    return lambda rngs: SmallCNN(classes, shape, rngs)
 
 
 def resnet(blocks, width):

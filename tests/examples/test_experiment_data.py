@@ -1,5 +1,6 @@
 """Loaders of the experiments, on small files that are written here."""
 
+import gzip
 import json
 
 import jax
@@ -43,6 +44,104 @@ def test_broken_cifar_files_are_refused(load, cifar):
     (folder / "data_batch_3.bin").write_bytes(b"\x0a" * 3073)
     with pytest.raises(ValueError, match="labels up to 10"):
         pictures.cifar10(folder)
+
+
+IDX = {
+    "train-images-idx3-ubyte": (40, 5, 6),
+    "train-labels-idx1-ubyte": (40,),
+    "t10k-images-idx3-ubyte": (8, 5, 6),
+    "t10k-labels-idx1-ubyte": (8,),
+}
+
+
+def write_idx(path, array, packed):
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    data = head + array.tobytes()
+    if packed:
+        path, data = path.with_name(path.name + ".gz"), gzip.compress(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture(params=[True, False], ids=["gzip", "plain"])
+def idx(request, tmp_path):
+    """Return a folder, and the paths and the arrays of the four files below it."""
+    rng = np.random.default_rng(0)
+    inner = tmp_path / "set" if request.param else tmp_path / "set" / "MNIST" / "raw"
+    arrays = {
+        name: rng.integers(0, 256 if len(shape) > 1 else 10, shape, np.uint8)
+        for name, shape in IDX.items()
+    }
+    paths = {n: write_idx(inner / n, a, request.param) for n, a in arrays.items()}
+    return tmp_path / "set", paths, arrays
+
+
+def test_idx_files_are_read_as_they_are_written(load, idx, capsys):
+    folder, _, arrays = idx
+    pictures = load("lab.pictures")
+    data = pictures.read(folder, 0)
+    images, labels, test_images, test_labels = arrays.values()
+    np.testing.assert_array_equal(data.train[0][..., 0], images)
+    np.testing.assert_array_equal(data.train[1], labels)
+    np.testing.assert_array_equal(data.test[0][..., 0], test_images)
+    np.testing.assert_array_equal(data.test[1], test_labels)
+    np.testing.assert_allclose(data.mean, images.mean() / 255, rtol=1e-5)
+    assert data.held_out is None
+    assert "sha256" in capsys.readouterr().out
+
+
+def test_what_is_held_out_is_trained_on_no_more(load, idx):
+    folder, _, arrays = idx
+    data = load("lab.pictures").read(folder, None)
+    assert (len(data.train[1]), len(data.held_out[1])) == (36, 4)
+    both = np.concatenate([data.train[0], data.held_out[0]])[..., 0]
+    order = lambda images: sorted(image.tobytes() for image in images)
+    assert order(both) == order(arrays["train-images-idx3-ubyte"])
+
+
+def damage(name, change):
+    return lambda paths: paths[name].write_bytes(change(paths[name].read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage("train-images-idx3-ubyte", lambda b: b[:-9]), "is .*cut short"),
+        (damage("t10k-labels-idx1-ubyte", lambda b: b"0000" + b[4:]), "begins with"),
+        (lambda p: p["t10k-labels-idx1-ubyte"].unlink(), "lacks t10k-labels-idx1"),
+        (
+            lambda p: write_idx(
+                p["t10k-labels-idx1-ubyte"].with_suffix(""),
+                np.zeros(7, np.uint8),
+                p["t10k-labels-idx1-ubyte"].suffix == ".gz",
+            ),
+            "8 images and .* 7 labels",
+        ),
+    ],
+    ids=["short", "magic", "missing", "counts"],
+)
+def test_broken_idx_files_are_refused(load, idx, harm, message):
+    folder, paths, _ = idx
+    harm(paths)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        load("lab.pictures").read(folder, 0)
+
+
+def test_rates_are_chosen_on_what_is_held_out_and_tested_once(load, idx, tmp_path):
+    folder, _, _ = idx
+    load("images").main(
+        ["--data-dir", str(folder), "--batch-size", "4", "--steps", "2", "--seeds",
+         "1", "--output", str(tmp_path / "out"), "--optimizers", "sgd"]
+    )  # fmt: skip
+    path = tmp_path / "out" / "images.json"
+    (result,) = json.loads(path.read_text()).values()
+    assert np.isfinite([result["loss"], result["test_loss"]]).all()
+    assert result["loss"] != result["test_loss"]
+    assert result["accuracy"] in np.arange(5) / 4  # of four
+    assert result["step_bytes"] > 4 * result["parameters"]
+    report = load("lab.summary").markdown(load("lab.summary").tables([result])[0])
+    assert "test accuracy" in report
 
 
 def test_augmented_images_are_shifts_and_flips(load):

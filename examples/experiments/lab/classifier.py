@@ -44,18 +44,23 @@ def in_memory(
         images, labels = take(data["train"], index)
         return shift_and_flip(images, key) if pictures.augment else images, labels
 
+    evaluated, held = pictures.test, pictures.held_out
+    tests = chosen_on = in_order(len(evaluated[1]), EVALUATION_BATCH)
+    if held is not None:  # behind the test's
+        first = len(evaluated[1])
+        chosen_on = [first + i for i in in_order(len(held[1]), EVALUATION_BATCH)]
+        evaluated = jax.tree.map(lambda *e: np.concatenate(e), evaluated, held)
     return _workload(
         pictures,
         model,
         name=name,
         config={"data": pictures.name, **config, "batch_size": batch_size},
-        data=jax.tree.map(
-            jnp.asarray, {"train": pictures.train, "test": pictures.test}
-        ),
+        data=jax.tree.map(jnp.asarray, {"train": pictures.train, "held": evaluated}),
         batches=lambda rng: shuffled(count, batch_size, rng),
         batch=batch,
-        held_out=lambda data, index: take(data["test"], index),
-        evaluations=lambda: in_order(len(pictures.test[1]), EVALUATION_BATCH),
+        held_out=lambda data, index: take(data["held"], index),
+        evaluations=lambda: chosen_on,
+        tests=None if held is None else lambda: tests,
         per_epoch=count // batch_size,
     )
 

@@ -1,5 +1,6 @@
-"""Data sets of images that fit into memory: digits and CIFAR-10."""
+"""Data sets of images that fit into memory: digits, (Fashion-)MNIST and CIFAR-10."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from lab import idx
+
 
 class Pictures(NamedTuple):
     """Images `(examples, height, width, channels)` of bytes, and labels.
@@ -17,6 +20,8 @@ class Pictures(NamedTuple):
         name: Part of the key of every result.
         train: Images and labels.
         test: Images and labels.
+        held_out: Training images and labels that learning rates are chosen on; None if
+            that is done on the test's.
         classes: How many labels there are.
         mean: Mean of every channel, in [0, 1].
         deviation: Standard deviation of every channel.
@@ -30,6 +35,51 @@ class Pictures(NamedTuple):
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     augment: bool
+    held_out: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def read(folder: Path, hold_out: int | None) -> Pictures:
+    """Return the data set of a folder, and print what its files sum to.
+
+    Args:
+        folder: IDX files or CIFAR-10's.
+        hold_out: Training images that learning rates are chosen on, the same in every
+            run; 0 to choose on the test's, None for 5,000 or a tenth, if that is less.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is not what it should be, or there are too few images.
+    """
+    paths = idx.find(folder)
+    data = cifar10(folder) if paths is None else _of_idx(folder, paths)
+    count = len(data.train[1])
+    held = min(5000, count // 10) if hold_out is None else hold_out
+    if held >= count:
+        raise ValueError(f"--hold-out {held} leaves none of the {count} images")
+    if not held:
+        return data
+    order = np.random.default_rng(0).permutation(count)
+    taken, rest = np.sort(order[:held]), np.sort(order[held:])
+    parts = (tuple(each[index] for each in data.train) for index in (rest, taken))
+    train, held_out = parts
+    name = f"{data.name}, {held} held out"
+    return data._replace(name=name, train=train, held_out=held_out)
+
+
+def _of_idx(folder, paths):
+    train, test = idx.read(paths)
+    total = idx.digest(paths)
+    print(f"{folder}: sha256 {total}")
+    scaled = train[0] / np.float32(255)
+    return Pictures(
+        f"{folder.resolve().name} {total[:8]}",
+        train,
+        test,
+        1 + int(max(train[1].max(), test[1].max())),
+        (float(scaled.mean()),),
+        (float(scaled.std()),),
+        augment=True,
+    )
 
 
 def digits(classes: range = range(10)) -> Pictures:
@@ -67,6 +117,8 @@ def cifar10(folder: Path) -> Pictures:
     folder = inner if inner.is_dir() else folder
     parts = [_records(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
     images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    whole = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    print(f"{folder}: sha256 of training images and labels {whole}")
     return Pictures(
         "cifar10",
         (images, labels),

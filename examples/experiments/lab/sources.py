@@ -21,8 +21,14 @@ def add_options(parser) -> None:
     add(
         "--data-dir",
         type=Path,
-        help="CIFAR-10's binary files, or `train` and `val` with a folder a class;"
-        " without it scikit-learn's digits",
+        help="IDX files of MNIST or Fashion-MNIST, CIFAR-10's binary files, or `train`"
+        " and `val` with a folder a class; without it scikit-learn's digits",
+    )
+    add(
+        "--hold-out",
+        type=int,
+        help="training images that learning rates are chosen on (default: 5,000 of a"
+        " data set in files; 0 to choose on the test set)",
     )
     add("--batch-size", type=positive(int), default=64, help="(default: 64)")
     add(
@@ -49,7 +55,7 @@ def workload(args, model: Model, name: str, config: dict[str, Any]) -> Workload:
     folder = args.data_dir
     if folder and (folder / "train").is_dir():
         return _streamed(args, model, name, config)
-    data = pictures.cifar10(folder) if folder else pictures.digits()
+    data = pictures.read(folder, args.hold_out) if folder else pictures.digits()
     make = model(data.classes, data.train[0].shape[1:])
     return classifier.in_memory(data, make, config, args.batch_size, name)
 

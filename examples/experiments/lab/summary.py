@@ -1,6 +1,7 @@
 """What runs say together: means and spreads over seeds, the best learning rate."""
 
 from collections import defaultdict
+from collections.abc import Callable
 import json
 import math
 from typing import Any, NamedTuple
@@ -102,37 +103,56 @@ def tables(runs: list[dict[str, Any]]) -> list[Table]:
 def markdown(table: Table) -> str:
     """Return a table in Markdown, the lowest loss first."""
     setup = dict(table.setup)
+    columns = _columns(table)
+    edge = lambda line: " *" if table.at_edge(line) else ""
+    lines = sorted(table.best(), key=lambda each: each.values("loss").mean())
     rows = [
         f"**{setup.pop('workload')}**: "
         + ", ".join(f"{key} {value}" for key, value in setup.items()),
         "",
-        "| optimizer | learning rate | loss | accuracy | bytes a parameter |"
-        " ms a step | loss of every seed |",
-        "|---|---|---|---|---|---|---|",
+        _row(["optimizer", "learning rate", *columns]),
+        "|---" * (2 + len(columns)) + "|",
     ]
-    edge = False
-    for line in sorted(table.best(), key=lambda each: each.values("loss").mean()):
-        mark = " *" if table.at_edge(line) else ""
-        edge = edge or bool(mark)
-        cells = [
-            f"`{line.spec}`",
-            f"{line.learning_rate:g}{mark}",
-            spread(line.values("loss"), ".4g"),
-            spread(line.values("accuracy"), ".4f"),
-            f"{line.runs[0]['bytes_per_parameter']:.1f}",
-            f"{np.median(line.values('milliseconds_per_step')):.2f}",
-            " ".join(f"{value:.4g}" for value in line.values("loss")),
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    tried = sorted({len(table.of(line.spec)) for line in table.best()})
+    for line in lines:
+        given = [f"`{line.spec}`", f"{line.learning_rate:g}{edge(line)}"]
+        rows.append(_row(given + [cell(line) for cell in columns.values()]))
+    tried = sorted({len(table.of(line.spec)) for line in lines})
     rows += [
         "",
         "Mean ± standard deviation over seeds, on the held-out data that the learning"
         f" rate, of {' or '.join(map(str, tried))} tried, was chosen on.",
     ]
-    if edge:
+    if any(map(edge, lines)):
         rows.append("`*`: at the edge of its grid; a better one may lie outside.")
     return "\n".join(rows)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _columns(table: Table) -> dict[str, Callable[[Line], str]]:
+    """Return what is told of a line, by the heads of columns."""
+    of_seeds = lambda name, form: lambda line: spread(line.values(name), form)
+    runs = [run for line in table.lines for run in line.runs]
+    columns = {
+        "loss": of_seeds("loss", ".4g"),
+        "accuracy": of_seeds("accuracy", ".4f"),
+    }
+    if all("test_loss" in run for run in runs):
+        columns |= {
+            "test loss": of_seeds("test_loss", ".4g"),
+            "test accuracy": of_seeds("test_accuracy", ".4f"),
+        }
+    median = lambda line, name: np.median(line.values(name))
+    columns |= {
+        "bytes a parameter": lambda line: f"{line.runs[0]['bytes_per_parameter']:.1f}",
+        "ms a step": lambda line: f"{median(line, 'milliseconds_per_step'):.2f}",
+    }
+    if all("step_bytes" in run for run in runs):
+        columns["MB of a step"] = lambda line: f"{median(line, 'step_bytes') / 1e6:.1f}"
+    each = lambda line: " ".join(f"{value:.4g}" for value in line.values("loss"))
+    return columns | {"loss of every seed": each}
 
 
 def spread(values: np.ndarray, form: str) -> str:

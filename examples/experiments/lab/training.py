@@ -1,6 +1,6 @@
 """The compiled training loop, over several seeds at once where that is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import math
 import time
@@ -51,7 +51,7 @@ class Trainer:
         self._loop = jax.jit(loop, donate_argnums=0)
         self._init = jax.jit(over(self._start, 0, None))
         self._evaluate = jax.jit(over(workload.evaluate, 0, 0, None, None))
-        self._compiled = None
+        self._compiled: Any = None
 
     @functools.cached_property
     def size(self) -> tuple[float, int]:
@@ -105,12 +105,27 @@ class Trainer:
                 if not np.isfinite(held_out[-1]["loss"]).any():
                     break  # it does not come back
         outcomes = [_result(i, curve, held_out) for i in range(len(seeds))]
+        if self.workload.tests is not None:
+            test = self.evaluate(*carry[:2], self.workload.tests())
+            for i, outcome in enumerate(outcomes):
+                outcome |= {f"test_{k}": float(f"{v[i]:.6g}") for k, v in test.items()}
+        for outcome in outcomes:
+            outcome["step_bytes"] = self._step_bytes() // len(seeds)
         return outcomes, carry[0], carry[1]
 
-    def evaluate(self, params, statistics) -> dict[str, np.ndarray]:
+    def _step_bytes(self) -> int:
+        """Return what a step holds at once beside the data set, as XLA plans it."""
+        memory = self._compiled.memory_analysis()
+        whole = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        whole += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        return whole - sum(leaf.nbytes for leaf in jax.tree.leaves(self.workload.data))
+
+    def evaluate(
+        self, params, statistics, items: Iterable[Any] | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the mean loss and the accuracy on the held-out data, one a seed."""
         total: dict[str, Any] = {}
-        for item in self.workload.evaluations():
+        for item in self.workload.evaluations() if items is None else items:
             sums = self._evaluate(params, statistics, self.workload.data, item)
             total = {
                 name: total.get(name, 0.0) + np.asarray(value, np.float64)

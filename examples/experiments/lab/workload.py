@@ -27,6 +27,8 @@ class Workload(NamedTuple):
         per_epoch: Batches that make an epoch.
         chunk: Most steps that are compiled into one loop; fewer where items are large.
         convolutions: Whether the model has any, which decides how CPUs loop.
+        tests: The items of a test set, which is looked at once, behind the last step;
+            None if the held-out data is all there is.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Workload(NamedTuple):
     per_epoch: int
     chunk: int = 50
     convolutions: bool = False
+    tests: Callable[[], Iterable[Any]] | None = None
 
 
 def shuffled(examples: int, batch_size: int, rng: np.random.Generator):
