@@ -12,10 +12,11 @@ from efcp_jax.compressors.base import (
     ROW_AXIS as ROW_AXIS,
     Compressor as Compressor,
     Space as Space,
+    each_gram as each_gram,
+    of_grams as of_grams,
     scoped as scoped,
 )
 from efcp_jax.compressors.by_label import ByLabel as ByLabel, by_label as by_label
-from efcp_jax.compressors.grams import each_gram as each_gram, of_grams as of_grams
 from efcp_jax.compressors.identity import Identity as Identity, identity as identity
 from efcp_jax.compressors.low_rank import LowRank as LowRank, low_rank as low_rank
 from efcp_jax.compressors.top_k import TopK as TopK, top_k as top_k

@@ -8,14 +8,21 @@ kinds of values:
 * a *row*: a compressed vector, a tree of arrays `(s, k, ...)`;
 * a *window*: m rows laid end to end along axis 1, a tree of arrays `(s, m k, ...)`, so
   that a row is a window of one.
+
+There is one *Gram matrix* over all leaves, or arrays of one for each leaf.
 """
 
+from collections.abc import Callable
 import dataclasses
+import itertools
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
 
 from efcp_jax import quantized
 from efcp_jax.devices.layout import Layout
@@ -25,7 +32,7 @@ from efcp_jax.devices.layout import Layout
 # is divided among devices and scanned block by block.
 ROW_AXIS = 1
 
-# Only its space knows which tree of arrays each of these is.
+# Only its space knows which tree of arrays each of these is. A basis may be None.
 Vector: TypeAlias = Any
 Row: TypeAlias = Any
 Rows: TypeAlias = Any
@@ -62,7 +69,7 @@ class Space(Protocol):
         """Undo `pack`, in the dtypes of the tree's leaves."""
         ...
 
-    def zeros(self) -> tuple[Vector, Row, Basis | None]:
+    def zeros(self) -> tuple[Vector, Row, Basis]:
         """Return the zero vector, the zero row, and the first basis (or None)."""
         ...
 
@@ -71,8 +78,8 @@ class Space(Protocol):
         ...
 
     def compress(
-        self, vector: Vector, basis: Basis | None, scaled: bool
-    ) -> tuple[Row, jax.Array, Basis | None]:
+        self, vector: Vector, basis: Basis, scaled: bool
+    ) -> tuple[Row, jax.Array, Basis]:
         """Return a row, its scale and the next basis: the vector is about scale * row.
 
         The scale is the power of two above the largest entry if `scaled`, 0 for a
@@ -81,14 +88,8 @@ class Space(Protocol):
         ...
 
     def feed(
-        self,
-        tree: chex.ArrayTree,
-        error: Vector,
-        basis: Basis | None,
-        accept: jax.Array,
-        count: jax.Array,
-        scaled: bool,
-    ) -> tuple[Row, jax.Array, Vector, Basis | None]:
+        self, tree: Any, error: Vector, basis: Basis, accept, count, scaled: bool
+    ) -> tuple[Row, jax.Array, Vector, Basis]:
         """Compress `error` plus `tree`; return the row, its scale, error and basis.
 
         The error comes as it is kept, and so does what is left of it, rounded by
@@ -130,15 +131,7 @@ class Space(Protocol):
         ...
 
 
-def feed(
-    space: Any,
-    tree: chex.ArrayTree,
-    error: Vector,
-    basis: Basis | None,
-    accept: jax.Array,
-    count: jax.Array,
-    scaled: bool,
-) -> tuple[Row, jax.Array, Vector, Basis | None]:
+def feed(space: Any, tree, error, basis, accept, count, scaled) -> Any:
     """Do what `Space.feed` does, by two more operations that `space` has.
 
     `accumulate(tree, vector, accept)` returns `vector` plus that of `tree` if `accept`,
@@ -177,3 +170,47 @@ def scoped(compressor: Compressor, block_diagonal: bool) -> Compressor:
             " `low_rank(...)`, `by_label(...)`, or `block_diagonal=False`."
         )
     return dataclasses.replace(compressor, block_diagonal=True)  # pyright: ignore
+
+
+def of_grams(counts: Any, value: Any) -> Any:
+    """Return a tree of arrays once for each of the Gram matrices `counts`, stacked.
+
+    A `PartitionSpec` stays as it is.
+    """
+    if counts is None:
+        return value
+
+    def stack(count: int, x: Any) -> Any:
+        is_spec = isinstance(x, PartitionSpec)
+        return x if is_spec else jnp.broadcast_to(x, (count, *x.shape))
+
+    return jax.tree.map(
+        lambda count: jax.tree.map(lambda x: stack(count, x), value), counts
+    )
+
+
+def each_gram(function: Callable[..., Any], *, in_turn: bool = False) -> Any:
+    """Return `function` of a Gram matrix, and what else there is for it, for all.
+
+    What it is called with, and what it returns, is in the places of the arrays of Gram
+    matrices. All are one batch, or follow each other `in_turn`, without a copy of all.
+    """
+
+    def call(grams: Any, *others: Any) -> Any:
+        if not isinstance(grams, dict):
+            return function(grams, *others)
+        leaves, treedef = jax.tree.flatten(grams)
+        groups = [*zip(leaves, *map(treedef.flatten_up_to, others), strict=True)]
+        if in_turn:
+            each = lambda arrays: function(*arrays)
+            return treedef.unflatten([lax.map(each, group) for group in groups])
+        together = jax.tree.map(lambda *x: jnp.concatenate(x), *groups)
+        made = jax.vmap(function)(*together)
+        ends = np.cumsum([0, *map(len, leaves)])
+        parts = [
+            jax.tree.map(lambda x, a=a, b=b: x[a:b], made)
+            for a, b in itertools.pairwise(ends)
+        ]
+        return treedef.unflatten(parts)
+
+    return call

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 import dataclasses
-import functools
 from typing import Any
 
 import chex
@@ -11,9 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from efcp_jax.compressors.base import Compressor
-from efcp_jax.compressors.grams import of_grams
-from efcp_jax.compressors.part_movers import PartMover
+from efcp_jax.compressors.base import Compressor, of_grams
+from efcp_jax.compressors.movers import PartMover
 from efcp_jax.compressors.parts import Part, PartRow, Parts, leaf_parts
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import together
@@ -41,22 +39,15 @@ class PartSpace:
 
     @property
     def _all_counts(self) -> Parts:
-        return {p.name: p.counts for p in self.parts}
+        """The Gram matrices there are if nothing is summed."""
+        return {p.name: p.space.counts or len(p.members) for p in self.parts}
 
     def _each(self, method: str, *given: Parts, **alike: Any) -> Parts:
-        """Return what a method of its space makes of all members of each part.
-
-        Args:
-            method: The name of the method.
-            given: Its arguments, of several members with an axis of members in front.
-            alike: More arguments, the same for all.
-        """
-
-        def call(part: Part) -> Any:
-            function = functools.partial(getattr(part.space, method), **alike)
-            return part.call(function, *(each.get(part.name) for each in given))
-
-        made = {p.name: call(p) for p in self.parts}
+        """Return what `Part.call` does, for each part."""
+        made = {
+            p.name: p.call(method, *(each.get(p.name) for each in given), **alike)
+            for p in self.parts
+        }
         # Collectives of all parts are asked for together.
         routines = {name: x for name, x in made.items() if isinstance(x, Generator)}
         return made | dict(zip(routines, together(routines.values()), strict=True))
@@ -151,7 +142,7 @@ class PartSpace:
         for p in self.parts:
             own = jax.tree.map(lambda x, zero=zero: x + zero, weights[p.name])
             rows = p.apart(window.parts[p.name])
-            trees[p.name] = p.call(p.space.update, rows, own)
+            trees[p.name] = p.call("update", rows, own)
             if not (self.layout.axes or self.block_diagonal) and trees[p.name]:
                 # What each part takes for the while is free for the next. Batches of
                 # small leaves wait for nothing: a GPU would keep a third more.

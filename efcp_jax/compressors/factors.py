@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from efcp_jax import passes, quantized
-from efcp_jax.compressors.matrix import Matrix, by_row, subtract
-from efcp_jax.compressors.orthonormal import orthonormal
-from efcp_jax.compressors.part_movers import FactorMover
+from efcp_jax.compressors.movers import FactorMover
+from efcp_jax.compressors.thin import orthonormal, subtract
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import Routine
 from efcp_jax.devices.sections import zero_after
@@ -44,15 +43,13 @@ class FactorSpace:
     """Rows of `LowRankRow`, vectors `(g, rows, cols)`; a part of a `PartSpace`.
 
     Attributes:
-        layout: The leaves, of equal matrices.
-        matrix: Their matrix.
+        layout: The leaves, of equal matrices that lie on the devices alike.
         rank: Columns of the factors.
         dtype: Dtype of the stored factors.
         run: About how many entries a run has.
     """
 
     layout: Layout
-    matrix: Matrix
     rank: int
     dtype: np.dtype
     run: int
@@ -61,9 +58,26 @@ class FactorSpace:
     def counts(self) -> int:  # noqa: D102
         return len(self.layout.leaves)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of a matrix on this device, padded to divide, and columns."""
+        rows, cols = self.layout.leaves[0].matrix_shape
+        return -(-rows // self.layout.ways(self.layout.split)), cols
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Mesh axes that split the rows, and the columns."""
+        leaf = self.layout.leaves[0]
+        return (*leaf.row_axes, *self.layout.split), leaf.col_axes
+
+    @property
+    def copies(self) -> int:
+        """Devices that hold this same part of a leaf."""
+        return self.layout.copies(self.layout.leaves[0])
+
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Yield start and length of runs of about equal length, one leaf at least."""
-        each = max(1, self.run // (self.matrix.rows * self.matrix.cols))
+        each = max(1, self.run // math.prod(self.shape))
         each = -(-self.counts // -(-self.counts // each))
         for start in range(0, self.counts, each):
             yield start, min(each, self.counts - start)
@@ -72,8 +86,7 @@ class FactorSpace:
         """Return this device's part of the matrices of some leaves, as one batch."""
 
         def own(value: jax.Array) -> jax.Array:
-            ways = self.layout.ways(self.layout.split)
-            missing = self.matrix.rows * ways - len(value)
+            missing = -len(value) % self.layout.ways(self.layout.split)
             value = jnp.pad(value, [(0, missing), (0, 0)]) if missing else value
             return self.layout.own(value, axis=0)
 
@@ -92,14 +105,13 @@ class FactorSpace:
         return self.layout.tree(self._split(vector))
 
     def zeros(self):  # noqa: D102
-        rows, cols = self.matrix.rows, self.matrix.cols
-        zeros = lambda dtype, *shape: jnp.zeros((self.counts, *shape), dtype)
-        vector = zeros(self.layout.dtype, rows, cols)
-        left, right = (zeros(self.dtype, self.rank, size) for size in (rows, cols))
+        vector = jnp.zeros((self.counts, *self.shape), self.layout.dtype)
+        shapes = [(self.counts, self.rank, size) for size in self.shape]
+        left, right = (jnp.zeros(shape, self.dtype) for shape in shapes)
         return vector, LowRankRow(left, right), right.astype(self.layout.dtype)
 
     def specs(self):  # noqa: D102
-        rows, cols = self.matrix.row_axes or None, self.matrix.col_axes or None
+        rows, cols = (axes or None for axes in self.axes)
         left, right = (PartitionSpec(None, None, axes) for axes in (rows, cols))
         row: Any = LowRankRow(left, right)  # pyright: ignore
         return PartitionSpec(None, rows, cols), row, right
@@ -118,7 +130,7 @@ class FactorSpace:
         (peak,) = yield _largest, peak[None], None
         scale, inverse = row_scale(peak, scaled)
         first, second = roots(inverse, self.layout.dtype)
-        row_axes, col_axes = self.matrix.row_axes, self.matrix.col_axes
+        row_axes, col_axes = self.axes
         fresh = self._random(basis.dtype)[None]
         known = yield lax.psum, jnp.sum(jnp.abs(basis), axis=2), col_axes
         start = jnp.where(known[:, :, None] > 0, basis, fresh)
@@ -141,7 +153,7 @@ class FactorSpace:
 
     def _random(self, dtype: Any) -> jax.Array:
         """Return fixed random rows of length about 1, this device's part of them."""
-        cols, axes = self.matrix.cols, self.matrix.col_axes
+        (_, cols), (_, axes) = self.shape, self.axes
         size = cols * self.layout.ways(axes)
         columns = jax.random.normal(jax.random.key(0), (size, self.rank), dtype)
         if axes:  # the same numbers as on one device
@@ -150,14 +162,11 @@ class FactorSpace:
         return columns.T / math.sqrt(size)
 
     def feed(self, tree, error, basis, accept, count, scaled) -> Routine:  # noqa: D102
-        before = quantized.load(error, self.layout.dtype)
-        total = self.accumulate(tree, before, accept)
+        total = self.accumulate(tree, quantized.load(error, self.layout.dtype), accept)
         row, scale, basis = yield from self.compress(total, basis, scaled)
-        rest = self.residual(total, row, jnp.where(accept, scale, 0))
+        taken = jnp.where(accept, scale, 0)
+        rest = subtract(total, row.left, row.right, taken)
         return row, scale, quantized.store(rest, error, accept, count), basis
-
-    def residual(self, vector: jax.Array, row: LowRankRow, scale: jax.Array):  # noqa: D102
-        return subtract(vector, *row, scale)
 
     def inner(self, window: LowRankRow, row: LowRankRow) -> Routine:  # noqa: D102
         # <L^T R, L'^T R'> = sum of (L L'^T) * (R R'^T), entry by entry.
@@ -165,15 +174,20 @@ class FactorSpace:
             contract("gpn,gsn->gps", *both).astype(self.layout.dtype)
             for both in zip(window, row, strict=True)
         )
-        copies = self.matrix.copies
-        if self.matrix.row_axes and self.matrix.col_axes:
-            lefts = yield lax.psum, lefts, self.matrix.row_axes
-            copies *= self.layout.ways(self.matrix.row_axes)
-        return by_row(rights * lefts, self.rank) / copies
+        copies, (row_axes, col_axes) = self.copies, self.axes
+        if row_axes and col_axes:
+            lefts = yield lax.psum, lefts, row_axes
+            copies *= self.layout.ways(row_axes)
+        return self._by_row(rights * lefts) / copies
 
     def dot(self, window: LowRankRow, vector: jax.Array) -> jax.Array:  # noqa: D102
         each = contract("gpn,gnc->gpc", window.left, vector) * window.right
-        return by_row(jnp.sum(each, axis=2), self.rank) / self.matrix.copies
+        return self._by_row(jnp.sum(each, axis=2)) / self.copies
+
+    def _by_row(self, products: jax.Array) -> jax.Array:
+        """Return sums `(g, m)` of what each row of a window has of `(g, m r, ...)`."""
+        each = products.reshape(len(products), products.shape[1] // self.rank, -1)
+        return jnp.sum(each, axis=2)
 
     def combine(self, window: LowRankRow, coefficients: jax.Array):  # noqa: D102
         dtype = coefficients.dtype

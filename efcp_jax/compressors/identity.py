@@ -134,4 +134,4 @@ class IdentitySpace:
         return self.unpack(self.combine(window, coefficients))
 
     def mover(self, new: "IdentitySpace") -> DenseMover:  # noqa: D102
-        return DenseMover(self.blocks, new.blocks)
+        return DenseMover(self, new)

@@ -12,8 +12,7 @@ from efcp_jax import _validate
 from efcp_jax.compressors.composite import PartSpace
 from efcp_jax.compressors.factors import FactorSpace
 from efcp_jax.compressors.identity import Identity
-from efcp_jax.compressors.matrix import Matrix
-from efcp_jax.compressors.parts import Part, distinct, leaf_parts
+from efcp_jax.compressors.parts import Part, alike, leaf_parts
 from efcp_jax.devices.layout import Layout, Leaf
 
 
@@ -40,22 +39,25 @@ class LowRank:
 
     def bind(self, layout: Layout) -> PartSpace:
         """Return the space of thin matrices, and of all else as it is."""
-        alike: dict[Matrix, list[int]] = {}
-        rest = []
-        for index, leaf in enumerate(layout.leaves):
-            thin = self._helps(leaf)
-            found = alike.setdefault(Matrix.of(leaf, layout), []) if thin else rest
-            found.append(index)
-        given = {
-            "rank": self.rank,
-            "dtype": jnp.dtype(self.value_dtype or layout.dtype),
-            "run": max(_SMALLEST, sum(leaf.size for leaf in layout.leaves) // _RUNS),
-        }
-        names, parts = distinct([matrix.shape for matrix in alike]), []
-        for name, (matrix, indices) in zip(names, alike.items(), strict=True):
-            bind = functools.partial(FactorSpace, matrix=matrix, **given)
-            parts.append(Part.of(name, bind, layout, tuple(indices)))
-        if rest or not parts:
+        thin = [i for i, leaf in enumerate(layout.leaves) if self._helps(leaf)]
+        rest = [i for i in range(len(layout.leaves)) if i not in set(thin)]
+        bind = functools.partial(
+            FactorSpace,
+            rank=self.rank,
+            dtype=jnp.dtype(self.value_dtype or layout.dtype),
+            run=max(_SMALLEST, sum(leaf.size for leaf in layout.leaves) // _RUNS),
+        )
+
+        def matrix(leaf: Leaf) -> tuple[tuple[int, int], Leaf | None]:
+            rows, cols = leaf.matrix_shape
+            whole = rows * layout.ways(leaf.row_axes), cols * layout.ways(leaf.col_axes)
+            return whole, leaf if leaf.axes else None
+
+        parts = [
+            Part.of(name, bind, layout, indices)
+            for name, indices in alike(layout, thin, matrix).items()
+        ]
+        if rest or not thin:
             parts += leaf_parts(Identity(self.value_dtype).bind, layout, rest)
         return PartSpace(layout, tuple(parts), self.block_diagonal)
 

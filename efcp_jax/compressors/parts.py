@@ -5,8 +5,11 @@ stand each for itself and are alike are the *members* of one part, side by side:
 number of kernels and the time to compile follow the number of different leaves.
 """
 
+import collections
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
+import itertools
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -69,67 +72,64 @@ class Part(NamedTuple):
         """Whether there is one member, whose arrays have no axis of members."""
         return len(self.members) == 1
 
-    @property
-    def counts(self) -> Any:
-        """The Gram matrices there are if nothing is summed."""
-        return self.space.counts or len(self.members)
-
     def divided(self, leaves: list[jax.Array]) -> list[jax.Array]:
         """Return the leaves of one member, of a tree, stacked if there are several."""
         each = [[leaves[i] for i in member] for member in self.members]
-        if self.alone:
-            return each[0]
-        return [jnp.stack(alike) for alike in zip(*each, strict=True)]
+        return each[0] if self.alone else jax.tree.map(lambda *x: jnp.stack(x), *each)
 
     def placed(self, values: list[jax.Array]) -> dict[int, jax.Array]:
         """Undo `divided`: return what there is for each leaf, by its number."""
         each = [values] if self.alone else zip(*map(jnp.unstack, values), strict=True)
-        pairs = zip(self.members, each, strict=True)
-        return {i: x for member, one in pairs for i, x in zip(member, one, strict=True)}
+        both = (itertools.chain(*them) for them in (self.members, each))
+        return dict(zip(*both, strict=True))
 
-    def call(self, function: Callable[..., Any], *given: Any) -> Any:
-        """Return `function` of what is given for each member, of all at once."""
-        if self.alone:
-            return function(*given)
-        return jax.vmap(function, axis_size=len(self.members))(*given)
+    def call(self, method: str, *given: Any, **alike: Any) -> Any:
+        """Return what a method makes of what is given for each member, and of `alike`.
+
+        Of several members all have an axis of members in front.
+        """
+        function = functools.partial(getattr(self.space, method), **alike)
+        if not self.alone:
+            function = jax.vmap(function, axis_size=len(self.members))
+        return function(*given)
 
     def apart(self, stored: Any) -> Any:
         """Give the members in the arrays of a state an axis of their own, in front."""
-        if self.alone:
-            return stored
         count = len(self.members)
-        return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), stored)
+        cut = lambda x: x.reshape(count, -1, *x.shape[1:])
+        return stored if self.alone else jax.tree.map(cut, stored)
 
     def joined(self, made: Any) -> Any:
         """Undo `apart`."""
-        if self.alone:
-            return made
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
+        join = lambda x: x.reshape(-1, *x.shape[2:])
+        return made if self.alone else jax.tree.map(join, made)
+
+
+def alike(
+    layout: Layout, indices: Iterable[int], key: Callable[[Leaf], tuple[Any, Any]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the leaves of equal `key`, a shape and what else must be alike, by name.
+
+    The name is the shape, and from the second key of that shape a number.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(layout.leaves[index]), []).append(index)
+    counts, named = collections.Counter(), {}
+    for (shape, _), found in groups.items():
+        name = "x".join(map(str, shape)) or "1"
+        counts[name] += 1
+        number = f"-{counts[name]}" if counts[name] > 1 else ""
+        named[name + number] = tuple(found)
+    return named
 
 
 def leaf_parts(
     bind: Callable[[Layout], Any], layout: Layout, indices: Iterable[int]
 ) -> tuple[Part, ...]:
-    """Return parts in which each of some leaves stands for itself; one at least.
-
-    A part is named by the shape of its leaves; one of the same shape that lies on the
-    devices in another way, or is of another dtype, gets a number behind it.
-    """
-    alike: dict[Leaf, list[tuple[int, ...]]] = {}
-    for index in indices:
-        alike.setdefault(layout.leaves[index], []).append((index,))
-    names = distinct([leaf.whole for leaf in alike])
-    pairs = zip(names, alike.values(), strict=True)
-    parts = [Part.of(name, bind, layout, *members) for name, members in pairs]
-    return tuple(parts) or (Part.of("0", bind, layout, ()),)
-
-
-def distinct(shapes: list[tuple[int, ...]]) -> list[str]:
-    """Return shapes as words, with a number, from 2, behind those that came before."""
-    alike: dict[str, int] = {}
-    names = []
-    for shape in shapes:
-        name = "x".join(map(str, shape)) or "1"
-        number = alike[name] = alike.get(name, 0) + 1
-        names.append(name if number == 1 else f"{name}-{number}")
-    return names
+    """Return parts in which each of some leaves stands for itself; one at least."""
+    groups = alike(layout, indices, lambda leaf: (leaf.whole, leaf)) or {"0": ()}
+    return tuple(
+        Part.of(name, bind, layout, *([(i,) for i in found] or [()]))
+        for name, found in groups.items()
+    )

@@ -44,26 +44,23 @@ def of_blocks(blocks: Any) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def of_matrix(matrix: Any, leaf: Leaf, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the rows and of the columns of one factorised leaf.
+def of_matrix(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the rows and of the columns of a factorised leaf.
 
     Args:
-        matrix: The `Matrix` of the leaf.
-        leaf: The leaf on one device.
-        layout: The layout it belongs to.
+        layout: That of leaves of equal matrices.
 
     Returns:
-        Row and column numbers in the leaf's whole matrix, two arrays of int64.
+        Row and column numbers in a leaf's whole matrix, two arrays of int64.
     """
-    ways = layout.ways(layout.split)
-    rows = []
-    for at in _devices(layout, matrix.row_axes):
+    leaf, rows = layout.leaves[0], []
+    for at in _devices(layout, (*leaf.row_axes, *layout.split)):
         numbers = _part(leaf, layout, at, slice(0, -1)).reshape(-1)
-        missing = matrix.rows * ways - numbers.size
+        missing = -numbers.size % layout.ways(layout.split)
         rows.append(_own(np.pad(numbers, (0, missing), constant_values=-1), layout, at))
     columns = [
         _real(_part(leaf, layout, at, slice(-1, None)), leaf)
-        for at in _devices(layout, matrix.col_axes)
+        for at in _devices(layout, leaf.col_axes)
     ]
     return np.concatenate(rows), np.concatenate(columns)
 

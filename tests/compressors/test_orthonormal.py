@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efcp_jax.compressors.orthonormal import orthonormal
+from efcp_jax.compressors.thin import orthonormal
 from efcp_jax.devices.routines import together
 
 

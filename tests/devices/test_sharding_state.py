@@ -378,6 +378,18 @@ def test_equal_shapes_restore_directly_onto_other_devices(tmp_path):
         np.testing.assert_array_equal(leaf, other)
 
 
+def test_first_entries_of_blocks_with_room_left_are_not_lost():
+    tx = efcp_jax.scale_by_mfac(2, compressor=efcp_jax.top_k(0.5, block_size=8))
+    gradient = jnp.zeros((8, 6)).at[jnp.array([0, 2, 4, 5]), jnp.array([0, 1, 0, 5])]
+    one, mesh = jnp.zeros((8, 6)), mesh_of(shape=(2,), names=("x",))
+    two = jax.device_put(one, NamedSharding(mesh, P(None, "x")))
+    _, state = tx.update(gradient.set(3.0), tx.init(one), one)
+    there = reshard_state(state, (tx, one), (tx, two))
+    back = reshard_state(there, (tx, two), (tx, one))
+    for each in (state, there, back):
+        assert np.count_nonzero(each.window.rows.values) == 4
+
+
 def test_kept_entries_that_find_no_room_are_refused():
     tx = cases.ALIASES["sparse_mfac"]()
     placings = [cases.PLACINGS[name] for name in ("fsdp", "tensor")]

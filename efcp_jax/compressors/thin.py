@@ -1,33 +1,55 @@
-"""Orthonormal bases of the rows of thin matrices, by products and small factors."""
+"""Thin factors: products of them, and orthonormal bases of their rows."""
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.devices.routines import Routine
-from efcp_jax.numerics import contract
+from efcp_jax.numerics import contract, roots, saturate
+from efcp_jax.passes import subtract_products
 
+
+# Up to this rank a product is subtracted in one pass. Above, a matrix unit or a library
+# is faster. Products of less than this many entries take no memory to speak of.
+_THIN = 8
+_SMALL = 65_536
 
 # Up to this rank the factorisation is written out, entry by entry: a few fused
 # operations on accelerators, whose libraries take a kernel a column or more.
 _WRITTEN_OUT = 4
 
 
+def subtract(
+    values: jax.Array, left: jax.Array, right: jax.Array, factor: jax.Array
+) -> jax.Array:
+    """Return `values` minus `factor` $L^T R$, within the range of their dtype.
+
+    Shapes are `(g, rows, cols)`, `(g, r, rows)` and `(g, r, cols)`; `factor` is a power
+    of two.
+    """
+    first, second = roots(factor, values.dtype)
+    left = left.astype(values.dtype) * first
+    right = right.astype(values.dtype)
+    # The rounding of one pass depends on what the compiler joins in it. Small products
+    # are the same in every program.
+    if right.shape[1] > _THIN or values.size <= _SMALL:
+        # The power of two comes last: compilers join it with the sum, which rounds
+        # nothing.
+        rest = values - second * contract("grn,grc->gnc", left, right)
+    else:
+        rest = subtract_products(values, left, right, second)
+    return saturate(rest, values.dtype)
+
+
 def orthonormal(matrices: jax.Array, axes: tuple[str, ...]) -> Routine:
     r"""Return an orthonormal basis of the rows of each matrix by shifted Cholesky-QR.
 
-    $Q = \mathrm{chol}(Y Y^T + \delta I)^{-1} Y$, twice. Only products and an `(r, r)`
-    factorisation, so it runs on matrix units and, with columns divided over `axes`,
-    sums r^2 numbers between devices. Zero rows stay zero. Dependent rows give
-    directions of rounding size, which the second pass turns into arbitrary orthonormal
-    ones: harmless, since a projection on the rows of $Q$ stays one.
-
-    Args:
-        matrices: Shape `(g, r, n)`, this device's columns.
-        axes: Mesh axes that divide the columns.
-
-    Returns:
-        A routine whose result is an array of the shape of `matrices`.
+    $Q = \mathrm{chol}(Y Y^T + \delta I)^{-1} Y$, twice, of matrices `(g, r, n)` whose
+    columns are divided over `axes`. Only products and an `(r, r)` factorisation, so it
+    runs on matrix units and sums r^2 numbers between devices. Zero rows stay zero.
+    Dependent rows give directions of rounding size, which the second pass turns into
+    arbitrary orthonormal ones: harmless, since a projection on the rows of $Q$ stays
+    one.
     """
     # The first pass leaves rows of length 1, so no square of the second overflows.
     peak = yield lax.pmax, jnp.max(jnp.abs(matrices), axis=2), axes
@@ -36,20 +58,15 @@ def orthonormal(matrices: jax.Array, axes: tuple[str, ...]) -> Routine:
         gram = contract("grn,gsn->grs", matrices, matrices)
         gram = yield lax.psum, gram, axes
         # The Gram matrices of all groups in one batch.
-        inverse = yield inverse_factor, gram, None
+        inverse = yield _inverse_factor, gram, None
         matrices = contract("grs,gsn->grn", inverse, matrices)
     return matrices
 
 
-def inverse_factor(gram: jax.Array) -> jax.Array:
-    """Return the inverse Cholesky factors of Gram matrices, slightly shifted.
+def _inverse_factor(gram: jax.Array) -> jax.Array:
+    """Return lower triangular T, T K T^T about I, for Gram matrices `(g, r, r)`.
 
-    Args:
-        gram: Shape `(g, r, r)`.
-
-    Returns:
-        Lower triangular matrices, `(g, r, r)`, with $T K T^T$ about $I$; rows and
-        columns of zeros are as if they had a one on the diagonal.
+    Rows and columns of zeros are as if they had a one on the diagonal.
     """
     rank, dtype = gram.shape[-1], gram.dtype
     # Above the rounding of an (r, r) Gram matrix of unit diagonal.
