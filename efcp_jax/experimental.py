@@ -1,9 +1,8 @@
 """What a later JAX may move or lack: the one file that reaches for it.
 
-Kernels for TPUs are written in Pallas, and the partitioner is stopped by an operation
-of its own. Neither is promised to stay. A part that is missing, whole or by a name, is
-replaced by what every JAX has, which is slower or leaves more to the compiler; never by
-other numbers. One warning says which part it was.
+Pallas, in which kernels for TPUs are written, and the operation that stops the
+partitioner are not promised to stay. What is missing, whole or by a name, is replaced
+by what every JAX has, slower but with the same numbers, and one warning says so.
 """
 
 from collections.abc import Callable
@@ -13,8 +12,7 @@ import warnings
 import jax
 
 
-# Every name of Pallas that is used. Who uses it takes the modules from here, of which
-# one that is missing is None.
+# Every name of Pallas that is used, of modules that are None where one is missing.
 _PALLAS = (
     *("BlockSpec", "ds", "multiple_of", "num_programs", "pallas_call"),
     *("program_id", "when"),
@@ -34,21 +32,27 @@ def _tpu() -> Any:
     return _with(tpu, _PALLAS_TPU)
 
 
+def _with(module: Any, names: tuple[str, ...]) -> Any:
+    """Return `module`, which has all of `names`."""
+    for name in names:
+        getattr(module, name)
+    return module
+
+
 def _barrier() -> Callable[[Any], Any]:
     """Return an identity that shardings do not spread through."""
     from jax.extend.core import Primitive
     from jax.extend.mlir.dialects import sdy
     from jax.interpreters import ad, batching, mlir
 
-    # Of the enumeration `sdy.PropagationDirection`, which has no name in Python.
-    no_direction = 0
     operation = sdy.PropagationBarrierOp
 
     def lower(context: Any, value: Any) -> list[Any]:
         del context
         if not getattr(jax.config, "jax_use_shardy_partitioner", True):
             return [value]
-        return [operation(value, no_direction).result]
+        # 0 is `sdy.PropagationDirection.NONE`, which has no name in Python.
+        return [operation(value, 0).result]
 
     barrier = Primitive("efcp_jax_barrier")
     barrier.def_impl(lambda value: value)
@@ -57,13 +61,6 @@ def _barrier() -> Callable[[Any], Any]:
     batching.defvectorized(barrier)
     mlir.register_lowering(barrier, lower)
     return barrier.bind
-
-
-def _with(module: Any, names: tuple[str, ...]) -> Any:
-    """Return `module`, which has all of `names`."""
-    for name in names:
-        getattr(module, name)
-    return module
 
 
 def _or(otherwise: Any, make: Callable[[], Any], loss: str) -> Any:

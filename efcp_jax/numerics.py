@@ -1,6 +1,7 @@
 """Products, casts and scales that lose nothing they need not lose."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import chex
@@ -28,23 +29,18 @@ def root(square: jax.Array) -> jax.Array:
     return jnp.sqrt(square)
 
 
-@root.defjvp
-def _root_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    value = root(*primals)
-    slope = jnp.where(value > 0, 0.5 / jnp.where(value > 0, value, 1), 0)
-    return value, slope * tangents[0]
-
-
 @jax.custom_jvp
 def at_least_zero(value: jax.Array) -> jax.Array:
     """Return the larger of `value` and 0; its derivative at 0 is that above."""
     return jnp.maximum(value, 0)
 
 
-@at_least_zero.defjvp
-def _at_least_zero_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    slope = jnp.where(primals[0] < 0, 0, tangents[0])
-    return at_least_zero(*primals), slope
+def _slope_of_root(value: jax.Array) -> jax.Array:
+    return jnp.where(value > 0, 0.5 / jnp.where(value > 0, value, 1), 0)
+
+
+root.defjvps(lambda tangent, value, _: _slope_of_root(value) * tangent)
+at_least_zero.defjvps(lambda tangent, _, value: jnp.where(value < 0, 0, tangent))
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -87,11 +83,9 @@ def contract(
 
 def widest(*dtypes: jax.typing.DTypeLike) -> np.dtype:
     """Return the dtype, float32 or wider, that holds what all of `dtypes` hold."""
-    found = np.dtype(np.float32)
-    for dtype in dtypes:
-        # NumPy's, as that of JAX refuses where promotion is set to be strict.
-        found = np.promote_types(found, jnp.dtype(dtype))
-    return found
+    # NumPy's, as that of JAX refuses where promotion is set to be strict.
+    each = (jnp.dtype(dtype) for dtype in dtypes)
+    return functools.reduce(np.promote_types, each, np.dtype(np.float32))
 
 
 def saturate(value: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -124,6 +118,13 @@ def power_of_two(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(peak > 0, scale, zero), jnp.where(peak > 0, inverse, zero)
 
 
+@power_of_two.defjvp
+def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
+    del tangents
+    made = tuple(jnp.where(x == 0, 1, x) for x in power_of_two(*primals))
+    return made, tuple(map(jnp.zeros_like, made))
+
+
 def constant(value: Any, why: str) -> Any:
     """Return `value`, of which a derivative raises: `why`, and what to do."""
 
@@ -137,13 +138,6 @@ def constant(value: Any, why: str) -> Any:
         raise NotImplementedError(f"efcp_jax has no derivative here: {why}")
 
     return same(value)
-
-
-@power_of_two.defjvp
-def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
-    del tangents
-    made = tuple(jnp.where(x == 0, 1, x) for x in power_of_two(*primals))
-    return made, tuple(map(jnp.zeros_like, made))
 
 
 def not_vanished(value: Any) -> Any:
@@ -160,8 +154,7 @@ def not_vanished(value: Any) -> Any:
 def indexed(size: int = 1) -> int:
     """Return how many units of `size` entries an index reaches across, at least one.
 
-    A program indexes into no more at once: what is longer is cut where it is known how
-    long it is, and axes may be as many and as long as they like.
+    A program indexes into no more at once: what is longer is cut.
     """
     return max(1, _INDEXED // size)
 

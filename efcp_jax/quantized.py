@@ -3,11 +3,10 @@ r"""Errors of 8 bits: a power of two for every group, and rounding that drifts n
 $e \approx u\, q$ with whole numbers $q$ of at most 127 and the least unit $u$ that lets
 them be so. $q = \lfloor e / u + \xi \rfloor$ with $\xi$ uniform in [0, 1), so that the
 mean is $e / u$: rounding to the nearest would lose whatever is below half a unit, step
-after step. $\xi$ is a hash of the step and the place, so runs repeat bit for bit, and
-nothing is kept.
+after step. $\xi$ is a hash of the step and the place, so runs repeat bit for bit.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -27,35 +26,24 @@ _SHORTEST = 32
 # The largest whole number, and the exponents of a unit: it and its inverse are normal.
 _MOST = 127
 _EXPONENTS = (-126, 126)
-
 DTYPE = jnp.dtype(jnp.int8)
-
 _NO_DERIVATIVE = "errors of 8 bits are whole numbers. Pass `error_dtype=jnp.bfloat16`."
-
-# Arrays of JAX in a step, of NumPy on the host.
-_Array: TypeAlias = Any
 
 
 class Quantized(NamedTuple):
-    """An array of a vector, in 8 bits.
+    """An array of a vector: int8 in its shape, and what multiplies each group.
 
-    Attributes:
-        values: Whole numbers, int8, in the shape of the array.
-        units: What they are multiplied by, powers of two, bfloat16: one for each group
-            along the last axis.
+    The units are powers of two, bfloat16, one for each group along the last axis.
     """
 
-    values: _Array
-    units: _Array
+    values: Any
+    units: Any
 
 
 def zeros(vector: Any, specs: Any, dtype: np.dtype | None) -> Any:
-    """Return an error of zeros.
+    """Return an error of zeros in `dtype`, or in that of `vector`, which is of zeros.
 
-    Args:
-        vector: The zero vector.
-        specs: How its arrays are divided among devices.
-        dtype: The dtype that it is kept in; None for that of `vector`.
+    `specs` say how its arrays are divided among devices.
     """
 
     def one(x: jax.Array, spec: Any) -> Any:
@@ -80,8 +68,7 @@ def specs(vector: Any, dtype: np.dtype | None) -> Any:
 def _count(size: int, divided: bool) -> int:
     """Return into how many groups an axis of `size` is cut.
 
-    Where it is `divided` among devices, all groups are of one size, so that those of
-    all devices are those of the whole axis.
+    Where it is `divided`, all are of one size: on all devices those of the whole axis.
     """
     if size <= _LONGEST:
         return 1
@@ -92,14 +79,9 @@ def _count(size: int, divided: bool) -> int:
 
 
 def load(error: Any, dtype: Any = None) -> Any:
-    """Return an error as a vector.
+    """Return an error as a vector in `dtype`; None leaves it, but of 8 bits float32."""
 
-    Args:
-        error: As it is kept.
-        dtype: That of the vector. None leaves it, and makes float32 of 8 bits.
-    """
-
-    def one(x: Any) -> _Array:
+    def one(x: Any) -> Any:
         if not isinstance(x, Quantized):
             return x.astype(dtype or x.dtype)
         units = x.units.astype(dtype or np.float32)
@@ -111,16 +93,11 @@ def load(error: Any, dtype: Any = None) -> Any:
 def store(
     vector: Any, like: Any, accept: jax.Array, count: jax.Array, first: Any = 0
 ) -> Any:
-    """Return what is left as the error `like` is kept.
+    """Return `vector`, what is left behind step `count`, as the error `like` is kept.
 
-    Args:
-        vector: In the working dtype. Of 8 bits it is so in the mean over `count`, and
-            exactly if `load` has returned it.
-        like: The error of the step before.
-        accept: Whether anything has been added or taken away. Else the numbers are
-            those of `like`, and no bit of it is changed.
-        count: The number of the step.
-        first: Place of the first line of `vector` in the array it is a part of.
+    Of 8 bits it is so in the mean over `count`, and exactly if `load` has returned it.
+    If not `accept`, nothing has been added or taken away, and no bit of `like` changes.
+    The vector begins with the line `first` of the array it is a part of.
     """
 
     def one(x: jax.Array, old: Any) -> Any:
@@ -158,10 +135,7 @@ def at_random(scaled: jax.Array, chance: jax.Array) -> jax.Array:
 
 
 def uniform(shape: tuple[int, ...], count: jax.Array, first: Any = 0) -> jax.Array:
-    """Return numbers in [0, 1) that depend on their place and on `count` only.
-
-    Lines along the first axis are counted from `first`.
-    """
+    """Return numbers in [0, 1) that depend on `count` and their place in all lines."""
     place, stride = jnp.zeros(shape, jnp.int32), 1
     for axis in reversed(range(len(shape))):
         along = lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -172,18 +146,14 @@ def uniform(shape: tuple[int, ...], count: jax.Array, first: Any = 0) -> jax.Arr
 
 
 def hashed(place: jax.Array, count: jax.Array) -> jax.Array:
-    """Return a number in [0, 1) for each place, of all 32 bits of which it depends.
-
-    References:
-        Appleby, MurmurHash3, whose last step this is
-    """
-    above = lax.shift_right_logical
+    """Return a number in [0, 1) from all 32 bits of each place, as MurmurHash3 ends."""
+    above = lambda x, bits: lax.shift_right_logical(x, jnp.full_like(x, bits))
     x = place + count * _wrapped(0x9E3779B9)
-    x = (x ^ above(x, jnp.full_like(x, 16))) * _wrapped(0x85EBCA6B)
-    x = (x ^ above(x, jnp.full_like(x, 13))) * _wrapped(0xC2B2AE35)
-    x = x ^ above(x, jnp.full_like(x, 16))
+    x = (x ^ above(x, 16)) * _wrapped(0x85EBCA6B)
+    x = (x ^ above(x, 13)) * _wrapped(0xC2B2AE35)
+    x = x ^ above(x, 16)
     # As many bits as a float32 holds without rounding up to one.
-    return above(x, jnp.full_like(x, 8)).astype(jnp.float32) * 2.0**-24
+    return above(x, 8).astype(jnp.float32) * 2.0**-24
 
 
 def _wrapped(number: int) -> np.int32:
@@ -191,7 +161,7 @@ def _wrapped(number: int) -> np.int32:
     return np.uint32(number % 2**32).view(np.int32)
 
 
-def _units(x: _Array, count: int, xp: Any) -> _Array:
+def _units(x: Any, count: int, xp: Any) -> Any:
     """Return the unit of each of `count` groups along the last axis; 1 for zeros."""
     group = -(-x.shape[-1] // count)
     pad = [(0, 0)] * (x.ndim - 1) + [(0, count * group - x.shape[-1])]
@@ -200,22 +170,21 @@ def _units(x: _Array, count: int, xp: Any) -> _Array:
     return xp.ldexp(xp.ones_like(peak), exponents(peak, xp))
 
 
-def exponents(peak: _Array, xp: Any = jnp) -> _Array:
-    """Return the exponents of units, from the largest magnitudes of groups.
+def exponents(peak: Any, xp: Any = jnp) -> Any:
+    """Return the exponents of units, from the largest magnitudes of groups; 0 for 0.
 
     They are of the least powers of two that are at least the peak over 127: of whole
-    numbers up to 127 what they were multiplied by, or half of that; 0 for zeros.
+    numbers up to 127 what they were multiplied by, or half of that.
     """
     share, exponent = xp.frexp(peak)
     exponent = exponent - 7 + xp.where(share > _MOST / 128, 1, 0)
     return xp.where(peak > 0, xp.clip(exponent, *_EXPONENTS), 0)
 
 
-def _spread(units: _Array, x: _Array) -> _Array:
+def _spread(units: Any, x: Any) -> Any:
     """Return the unit of each number of `x`."""
-    xp = np if isinstance(x, np.ndarray) else jnp
-    count = units.shape[-1]
-    if count == 1:
+    if units.shape[-1] == 1:
         return units
-    group = -(-x.shape[-1] // count)
+    group = -(-x.shape[-1] // units.shape[-1])
+    xp = np if isinstance(x, np.ndarray) else jnp
     return xp.repeat(units, group, axis=-1)[..., : x.shape[-1]]

@@ -17,7 +17,6 @@ import numpy as np
 
 from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.sections import Sections
 from efcp_jax.numerics import indexed, saturate
 
 
@@ -26,14 +25,10 @@ from efcp_jax.numerics import indexed, saturate
 # padding and keep offsets in 16 bits.
 _MESH_BLOCK = 65_536
 
-# Into about how many runs the leaves are taken to be filled with the update. Each is a
-# loop to compile, and what is copied unless it is a single leaf.
-_RUNS = 6
-
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Where each leaf lies in the array of blocks.
+    """Where each leaf lies in the array of blocks, which is a vector of these spaces.
 
     Attributes:
         layout: The tree's leaves on this device.
@@ -48,34 +43,30 @@ class Blocks:
     groups: tuple[tuple[tuple[int, ...], int], ...]
     weights: np.ndarray | None
 
+    counts = None
+
     @classmethod
     def of(cls, layout: Layout, size: int | None, tile: int = 1) -> "Blocks":
-        """Lay out the leaves of `layout`.
+        """Lay out leaves in blocks of `size`, or if None in the largest that there are.
 
-        Args:
-            layout: The tree's leaves on this device.
-            size: Entries a block; None for the largest blocks: one for each part of the
-                vector that an index reaches across.
-            tile: The number of blocks of every device is a multiple of this many, or of
-                itself if there are fewer.
-
-        Returns:
-            The layout of blocks.
+        The number of blocks of every device is a multiple of `tile`, or of itself if
+        there are fewer.
         """
-        members: dict[int, list[int]] = {}
+        members: dict[int, tuple[int, ...]] = {}
         for index, leaf in enumerate(layout.leaves):
-            members.setdefault(layout.copies(leaf), []).append(index)
-        copies = sorted(members)
-        totals = [sum(layout.leaves[i].size for i in members[c]) for c in copies]
-        largest, given = max([*totals, 1]), size
+            copies = layout.copies(leaf)
+            members[copies] = *members.get(copies, ()), index
+        copies, indices = zip(*sorted(members.items() or [(1, ())]), strict=True)
+        totals = [sum(layout.leaves[i].size for i in group) for group in indices]
+        largest, given = max(1, *totals), size
         ways = layout.ways(layout.split)
         if size is None:
             size = -(-largest // ways)
-            size = size if len(copies) <= 1 else min(size, _MESH_BLOCK)
+            size = size if len(copies) == 1 else min(size, _MESH_BLOCK)
         # A given size is cut down to the leaves, never to a device's share of them, so
         # that data parallelism selects the same entries as one device.
         size = _in_reach(min(size, largest))
-        counts = [-(-n // size) for n in totals] or [1]
+        counts = [-(-n // size) for n in totals]
         share = _tiled(max(1, -(-sum(counts) // ways)), tile)
         if layout.chosen and any(leaf.axes for leaf in layout.leaves):
             devices = layout.ways(layout.axes)
@@ -83,16 +74,9 @@ class Blocks:
             share = _tiled(share + 1, tile) if alike else share
         # The last group takes the blocks that make the count divide among devices.
         counts[-1] += share * ways - sum(counts)
-        members_in_order = [tuple(members[c]) for c in copies] or [()]
         # Not where it would be of ones: there may be millions of blocks.
-        alone = copies in ([], [1])
-        weights = None if alone else np.repeat([1.0 / c for c in copies], counts)
-        return cls(
-            layout=layout,
-            size=size,
-            groups=tuple(zip(members_in_order, counts, strict=True)),
-            weights=weights,
-        )
+        weights = np.repeat(1 / np.array(copies), counts) if copies != (1,) else None
+        return cls(layout, size, tuple(zip(indices, counts, strict=True)), weights)
 
     @property
     def count(self) -> int:
@@ -102,10 +86,7 @@ class Blocks:
 
     @property
     def flat(self) -> bool:
-        """Whether the leaves lie end to end, all on one device, in reach of an index.
-
-        Then runs of leaves are read and written without the blocks around them.
-        """
+        """Whether leaves lie end to end, on one device, in reach of an index."""
         return not self.layout.axes and self.count * self.size <= indexed()
 
     @property
@@ -124,9 +105,9 @@ class Blocks:
         blocks = jnp.concatenate(pieces).reshape(-1, self.size)
         return self.layout.own(blocks, axis=0)
 
-    def unpack(self, blocks: jax.Array) -> chex.ArrayTree:
-        """Return the tree whose blocks, over all devices of `split`, are `blocks`."""
-        flat = self.layout.gather(blocks, axis=0).reshape(-1)
+    def unpack(self, vector: jax.Array) -> chex.ArrayTree:
+        """Return the tree of this device's blocks, and those of all along `split`."""
+        flat = self.layout.gather(vector, axis=0).reshape(-1)
         matrices: dict[int, jax.Array] = {}
         start = 0
         for indices, count in self.groups:
@@ -151,36 +132,13 @@ class Blocks:
         flat = passes.add(blocks.reshape(-1), pieces, packed, accept)
         return flat.reshape(blocks.shape)
 
-    def sections(self, tree: chex.ArrayTree) -> Sections:
-        """Return what reads this device's blocks of `tree`, laid end to end."""
-        if self.flat:
-            return Sections.of(self.layout, tree)
-        return Sections([self.pack(tree).reshape(-1)], self.layout.dtype)
-
-    @property
-    def runs(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the leaves, in runs that are written together."""
-        sizes = [leaf.size for leaf in self.layout.leaves]
-        return tuple(tuple(sizes[i] for i in r) for r in self.layout.runs(_RUNS))
-
-    @property
-    def whole(self) -> tuple[tuple[int, ...], ...]:
-        """All entries of all blocks as the one leaf of one run."""
-        return ((self.count * self.size,),)
-
-    def tree(self, leaves: list[jax.Array]) -> chex.ArrayTree:
-        """Return the tree of `leaves`, which are flat."""
-        pairs = zip(leaves, self.layout.leaves, strict=True)
-        return self.layout.tree(
-            [flat.reshape(leaf.matrix_shape) for flat, leaf in pairs]
-        )
+    def zero(self) -> jax.Array:
+        """Return the zero vector."""
+        return jnp.zeros((self.count, self.size), self.layout.dtype)
 
     @property
     def shares(self) -> jax.Array | None:
-        """What a sum over all devices counts of each of this device's blocks.
-
-        Shape `(count,)`; None where every block is held once.
-        """
+        """What a sum over all devices counts of each block here, or None for all."""
         if self.weights is None:
             return None
         weights = jnp.asarray(self.weights, self.layout.dtype)

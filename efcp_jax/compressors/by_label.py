@@ -15,14 +15,7 @@ from efcp_jax.devices.trees import Prefix, broadcast, names_of
 
 @dataclasses.dataclass(frozen=True)
 class ByLabel:
-    """Configuration of a representation by label; made by `by_label`.
-
-    Attributes:
-        compressors: Label and compressor, pair by pair.
-        labels: Path and label of each labelled subtree, or a function that makes labels
-            from parameters.
-        block_diagonal: Whether every leaf has a Gram matrix of its own.
-    """
+    """Configuration of a representation by label; made by `by_label`."""
 
     compressors: tuple[tuple[str, Compressor], ...]
     labels: Prefix | Callable[[Any], Any]
@@ -35,12 +28,11 @@ class ByLabel:
 
     def bind(self, layout: Layout) -> PartSpace:
         """Return the space of all compressors for trees of `layout`."""
-        known = tuple(label for label, _ in self.compressors)
-        found = _members(self.labels, known, layout)
-        parts = []
-        for label, compressor in self.compressors:
-            bind = scoped(compressor, self.block_diagonal).bind
-            parts.append(Part.of(label, bind, layout, found[label]))
+        found = _members(self.labels, [label for label, _ in self.compressors], layout)
+        parts = [
+            Part.of(label, scoped(each, self.block_diagonal).bind, layout, found[label])
+            for label, each in self.compressors
+        ]
         return PartSpace(layout, tuple(parts), self.block_diagonal)
 
 
@@ -105,7 +97,7 @@ def by_label(
     for label, compressor in compressors.items():
         _check(label, compressor)
     if not callable(labels):
-        labels = _prefix(labels, tuple(compressors))
+        labels = _prefix(labels, compressors)
     return ByLabel(tuple(compressors.items()), labels)
 
 
@@ -131,12 +123,7 @@ def _check(label: Any, compressor: Any) -> None:
 
 
 def _prefix(labels: Any, known: Iterable[str]) -> Prefix:
-    """Return a tree of strings as pairs of path and label, which can be hashed.
-
-    Raises:
-        TypeError: A label is not a string.
-        ValueError: A label is not among those `known`.
-    """
+    """Return a tree of `known` labels as pairs of path and label, or raise."""
     pairs = []
     for path, label in jax.tree_util.tree_leaves_with_path(labels):
         where = f"labels{jax.tree_util.keystr(path)}"
@@ -156,24 +143,12 @@ def _prefix(labels: Any, known: Iterable[str]) -> Prefix:
 
 
 def _members(
-    labels: Prefix | Callable[[Any], Any], known: tuple[str, ...], layout: Layout
+    labels: Prefix | Callable[[Any], Any], known: list[str], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
-    """Return the leaves of each label, by their numbers, in the order of `known`.
+    """Return the leaves of each label, by their numbers, or raise.
 
-    Going by paths lets a masked tree keep the labels of the whole.
-
-    Args:
-        labels: What `_prefix` returns, or a function from the tree, with
-            `jax.ShapeDtypeStruct`s for leaves, to a tree of labels.
-        known: The labels there are.
-        layout: The leaves. For a tree without any, nothing is checked.
-
-    Returns:
-        A tuple of numbers for each of `known`.
-
-    Raises:
-        TypeError: A label is not a string.
-        ValueError: A leaf has no label, or one that is not known, or a label no leaf.
+    Going by paths lets a masked tree keep the labels of the whole. For a tree without
+    leaves nothing is checked.
     """
     if not layout.leaves:
         return dict.fromkeys(known, ())
@@ -187,13 +162,11 @@ def _members(
             " tree above it, the name of a compressor."
         ),
     )
-    found: dict[str, list[int]] = {label: [] for label in known}
-    for index, label in enumerate(given):
-        found[label].append(index)
+    found = {k: tuple(i for i, x in enumerate(given) if x == k) for k in known}
     for label, indices in found.items():
         if not indices:
             raise ValueError(
                 f"`labels` gives no parameter to the compressor {label!r}. Leave it out"
                 " of `compressors`, or label a parameter with it."
             )
-    return {label: tuple(indices) for label, indices in found.items()}
+    return found

@@ -22,11 +22,7 @@ from efcp_jax.devices.sections import zero_after
 class PartSpace:
     """Vectors, rows and bases are those of the parts, by name.
 
-    Attributes:
-        layout: The leaves of all parts.
-        parts: The parts.
-        block_diagonal: Whether the Gram matrices of the parts are kept apart; else they
-            are summed.
+    The Gram matrices are kept apart if `block_diagonal`; else they are summed.
     """
 
     layout: Layout

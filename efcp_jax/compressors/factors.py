@@ -27,11 +27,9 @@ from efcp_jax.passes import row_scale
 
 
 class LowRankRow(NamedTuple):
-    """Factorised matrices, $A = L^T R$, of g leaves.
+    """Factorised matrices, $A = L^T R$, of g leaves; the rows of $L$ are orthonormal.
 
-    Attributes:
-        left: Orthonormal rows, `(g, r, rows)`; a window has `(g, m r, rows)`.
-        right: The rows that carry the scale, `(g, r, cols)`; a window `(g, m r, cols)`.
+    Shapes are `(g, r, rows)` and `(g, r, cols)`; a window has m r in place of r.
     """
 
     left: jax.Array
@@ -42,11 +40,8 @@ class LowRankRow(NamedTuple):
 class FactorSpace:
     """Rows of `LowRankRow`, vectors `(g, rows, cols)`; a part of a `PartSpace`.
 
-    Attributes:
-        layout: The leaves, of equal matrices that lie on the devices alike.
-        rank: Columns of the factors.
-        dtype: Dtype of the stored factors.
-        run: About how many entries a run has.
+    The leaves have equal matrices, which lie on the devices alike; a run has about
+    `run` entries.
     """
 
     layout: Layout

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +18,7 @@ from efcp_jax.passes import row_scale
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Configuration of the dense representation; made by `identity`.
-
-    Attributes:
-        value_dtype: Dtype of the stored rows; None for the working dtype.
-        block_diagonal: Whether every leaf has a Gram matrix of its own.
-    """
+    """Configuration of the dense representation; made by `identity`."""
 
     value_dtype: np.dtype | None = None
     block_diagonal: bool = dataclasses.field(default=False, repr=False)
@@ -39,7 +33,7 @@ class Identity:
         if self.block_diagonal:
             return each_leaf(Identity(self.value_dtype), layout)
         dtype = self.value_dtype or layout.dtype
-        return IdentitySpace(Blocks.of(layout, None), jnp.dtype(dtype))
+        return IdentitySpace(**vars(Blocks.of(layout, None)), dtype=jnp.dtype(dtype))
 
 
 def identity(*, value_dtype: jax.typing.DTypeLike | None = None) -> Identity:
@@ -71,39 +65,21 @@ def identity(*, value_dtype: jax.typing.DTypeLike | None = None) -> Identity:
 
 
 @dataclasses.dataclass(frozen=True)
-class IdentitySpace:
-    """Rows `(blocks, 1, size)`, windows `(blocks, m, size)`."""
+class IdentitySpace(Blocks):
+    """Rows `(blocks, 1, size)` in `dtype`, windows `(blocks, m, size)`."""
 
-    blocks: Blocks
     dtype: np.dtype
 
-    counts = None
-
-    @property
-    def layout(self) -> Layout:  # noqa: D102
-        return self.blocks.layout
-
-    def pack(self, tree: chex.ArrayTree) -> jax.Array:  # noqa: D102
-        return self.blocks.pack(tree)
-
-    def unpack(self, vector: jax.Array) -> chex.ArrayTree:  # noqa: D102
-        return self.blocks.unpack(vector)
-
     def zeros(self) -> tuple[jax.Array, jax.Array, None]:  # noqa: D102
-        count, size = self.blocks.count, self.blocks.size
-        vector = jnp.zeros((count, size), self.layout.dtype)
-        return vector, jnp.zeros((count, 1, size), self.dtype), None
+        vector = self.zero()
+        return vector, vector[:, None].astype(self.dtype), None
 
     def specs(self):  # noqa: D102
-        return self.blocks.spec, self.blocks.spec, None
-
-    def accumulate(self, tree, vector, accept):  # noqa: D102
-        return self.blocks.accumulate(tree, vector, accept)
+        return self.spec, self.spec, None
 
     def compress(self, vector: jax.Array, basis: None, scaled: bool):  # noqa: D102
-        del basis
         scale, inverse = row_scale(vector, scaled)
-        return (vector * inverse).astype(self.dtype)[:, None], scale, None
+        return (vector * inverse).astype(self.dtype)[:, None], scale, basis
 
     def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
         return feed(self, tree, error, basis, accept, count, scaled)
@@ -122,7 +98,7 @@ class IdentitySpace:
 
     def _products(self, subscripts: str, *arrays: jax.Array) -> jax.Array:
         products = contract(subscripts, *arrays, dtype=self.layout.dtype)
-        shares = self.blocks.shares
+        shares = self.shares
         return jnp.sum(products if shares is None else shares[:, None] * products, 0)
 
     def combine(self, window: jax.Array, coefficients: jax.Array):  # noqa: D102

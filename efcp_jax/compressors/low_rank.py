@@ -23,13 +23,7 @@ _SMALLEST = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """Configuration of the low-rank representation; made by `low_rank`.
-
-    Attributes:
-        rank: Columns of the factors.
-        value_dtype: Dtype of the stored factors; None for the working dtype.
-        block_diagonal: Whether every leaf has a Gram matrix of its own.
-    """
+    """Configuration of the low-rank representation; made by `low_rank`."""
 
     rank: int = 4
     value_dtype: np.dtype | None = None

@@ -19,7 +19,7 @@ class DenseMover:
     """Moves vectors of blocks, and rows that are such vectors."""
 
     def __init__(self, old: Any, new: Any) -> None:
-        was, now = (of_blocks(space.blocks) for space in (old, new))
+        was, now = map(of_blocks, (old, new))
         # Where each new position was.
         self.shape, self.source = was.shape, inverse(was)[now]
 

@@ -27,12 +27,9 @@ Parts: TypeAlias = dict[str, Any]
 class PartRow(NamedTuple):
     """Rows of all members of all parts, each divided by its own largest entry's scale.
 
-    Attributes:
-        parts: The rows of every part, as its space keeps them.
-        ratios: The scale of each member over that of the whole row, a power of two of
-            at most 1, shape `(members, 1)`; a window has `(members, m)`. Kept apart, it
-            costs no pass over anything, and narrow dtypes lose no small part beside a
-            large one.
+    The ratios are those scales over that of the whole row, powers of two of at most 1,
+    `(members, 1)`; a window has `(members, m)`. Kept apart, they cost no pass over
+    anything, and narrow dtypes lose no small part beside a large one.
     """
 
     parts: Parts
@@ -40,13 +37,9 @@ class PartRow(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Leaves that are compressed together, or several alike that are not.
+    """The leaves of the whole tree that each member is, and the space of one member.
 
-    Attributes:
-        name: The key of the part in the state.
-        space: The representation of one member. That of several has one Gram matrix,
-            and carries nothing between steps.
-        members: Which leaves of the whole tree each of them is.
+    That of several has one Gram matrix, and carries nothing between steps.
     """
 
     name: str

@@ -1,29 +1,122 @@
 """Sparse rows: the entries of largest magnitude of each block of the gradient."""
 
 import dataclasses
+from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import _validate
-from efcp_jax.compressors.base import Space
+from efcp_jax.compressors.base import Space, feed
+from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.composite import each_leaf
-from efcp_jax.compressors.sparse import SparseSpace
+from efcp_jax.compressors.movers import SparseMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.passes.entries import DTYPES
-from efcp_jax.passes.forms import LARGEST
+from efcp_jax.devices.sections import Sections
+from efcp_jax.numerics import saturate
+from efcp_jax.passes import row_scale
+from efcp_jax.passes.entries import DTYPES, SparseRow, Storage, Stored
+from efcp_jax.passes.forms import LANES, LARGEST, Form
+
+
+# Into about how many runs the leaves are taken to be filled with the update. Each is a
+# loop to compile, and what is copied unless it is a single leaf.
+_RUNS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseSpace(Blocks):
+    """Rows of the k largest entries of every block; global top-k is one block."""
+
+    passes: Form
+
+    @property
+    def storage(self) -> Storage:
+        """How entries are stored."""
+        return self.passes.storage
+
+    def zeros(self) -> tuple[jax.Array, Stored, None]:  # noqa: D102
+        row = self.storage.zeros(self.passes.row_shape(self.count))
+        return self.zero(), row, None
+
+    def specs(self):  # noqa: D102
+        return self.spec, self.storage.each(self.spec), None
+
+    def compress(self, vector: jax.Array, basis: None, scaled: bool):  # noqa: D102
+        return *self._row(*self.passes.select(vector), scaled), basis
+
+    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
+        def by_parts(tree, error, accept, count) -> Any:
+            return feed(self, tree, error, basis, accept, count, scaled)[:3]
+
+        row, scale, rest = self.passes.feed(
+            tree,
+            error,
+            accept,
+            count,
+            by_parts=by_parts,
+            finish=lambda values, offsets: self._row(values, offsets, scaled),
+            gradient=self.pack,
+            sections=self._sections,
+            dtype=self.layout.dtype,
+        )
+        return row, scale, rest, basis
+
+    def _sections(self, tree: chex.ArrayTree) -> Sections:
+        if self.flat:
+            return Sections.of(self.layout, tree)
+        return Sections([self.pack(tree).reshape(-1)], self.layout.dtype)
+
+    def _row(self, values: jax.Array, offsets: jax.Array, scaled: bool) -> Any:
+        # The largest entry is among those that are kept.
+        scale, inverse = row_scale(values, scaled)
+        return self.storage.store(values * inverse, offsets), scale
+
+    def expand(self, row: Stored) -> jax.Array:  # noqa: D102
+        values, offsets = self.storage.load(row, self.layout.dtype)
+        return self.passes.residual(self.zero(), -values, offsets)
+
+    def residual(self, vector: jax.Array, row: Stored, scale: jax.Array):  # noqa: D102
+        values, offsets = self.storage.load(row, self.layout.dtype)
+        # Rounded up, the largest entries may overflow.
+        values = saturate(scale * values, vector.dtype)
+        return self.passes.residual(vector, values, offsets)
+
+    def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
+        values, offsets = self.storage.load(row, self.layout.dtype)
+        if (shares := self.shares) is not None:
+            values = values * self.passes.from_blocks(shares[:, None])
+        return self.passes.inner(window, SparseRow(values, offsets))
+
+    def dot(self, window: Stored, vector: jax.Array) -> jax.Array:  # noqa: D102
+        shares = self.shares
+        vector = vector if shares is None else vector * shares[:, None]
+        return self.passes.dot(window, vector)
+
+    def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
+        # All entries of all blocks as the one leaf of one run.
+        whole = ((self.count * self.size,),)
+        (flat,) = self.passes.combine(window, coefficients, whole)
+        return flat.reshape(-1, self.size)
+
+    def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
+        if not self.flat:
+            return self.unpack(self.combine(window, coefficients))
+        leaves = self.layout.leaves
+        runs = [[leaves[i].size for i in run] for run in self.layout.runs(_RUNS)]
+        made = self.passes.combine(window, coefficients, runs)
+        pairs = zip(made, leaves, strict=True)
+        return self.layout.tree([x.reshape(leaf.matrix_shape) for x, leaf in pairs])
+
+    def mover(self, new: "SparseSpace") -> SparseMover:  # noqa: D102
+        return SparseMover(self, new)
 
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Configuration of the sparse representation; made by `top_k`.
-
-    Attributes:
-        density: Share of the entries kept.
-        block_size: Entries a block; None for a single block.
-        value_dtype: Dtype of the stored values; None for the working dtype.
-        block_diagonal: Whether every leaf has a Gram matrix of its own.
-    """
+    """Configuration of the sparse representation; made by `top_k`."""
 
     density: float = 0.01
     block_size: int | None = None
@@ -36,8 +129,17 @@ class TopK:
         """Return the sparse space for trees of `layout`."""
         if self.block_diagonal:
             return each_leaf(dataclasses.replace(self, block_diagonal=False), layout)
-        dtype = self.value_dtype or layout.dtype
-        return SparseSpace.of(layout, self.block_size, self.density, dtype)
+        size = self.block_size
+        small = size is not None and size <= LARGEST
+        blocks = Blocks.of(layout, size, LANES if small else 1)
+        if blocks.size <= LARGEST and not small:  # cut down to a small model
+            blocks = Blocks.of(layout, blocks.size, LANES)
+        kept = min(blocks.size, max(1, round(self.density * blocks.size)))
+        dtype = jnp.dtype(self.value_dtype or layout.dtype)
+        storage = Storage.of(dtype, blocks.size)
+        tile = min(LANES, blocks.count) if blocks.size <= LARGEST else None
+        form = Form(blocks.size, kept, storage, tile)
+        return SparseSpace(**vars(blocks), passes=form)
 
 
 def top_k(
@@ -88,18 +190,18 @@ def top_k(
         A window takes m k (bytes a value + bytes an offset) bytes a block. A step costs
         one selection over the gradient and two passes over the window. For blocks of up
         to 256 entries the first compares each entry with the k of the new row, and the
-        second with all B places of its block on accelerators, where it is added in one
-        fixed order; CPUs scatter it, in 2 to 3 ns an entry. For larger blocks CPUs and
-        GPUs gather and scatter m k entries a block, GPUs row after row, so that runs
-        repeat bit for bit, and TPUs compare m k^2 and multiply 2 m k B numbers a block:
-        prefer small blocks there, and windows whose m k is a multiple of 8, which else
-        are copied. Over several devices, one block means one block a device.
+        second with all B places of its block on accelerators; CPUs scatter it, in 2 to
+        3 ns an entry. For larger blocks CPUs and GPUs gather and scatter m k entries a
+        block, GPUs row after row, so that runs repeat bit for bit, and TPUs compare m
+        k^2 and multiply 2 m k B numbers a block: prefer small blocks there, and windows
+        whose m k is a multiple of 8, which else are copied. Over several devices, one
+        block means one block a device.
 
         Values of 8 bits are multiples of a power of two that each row has for every
-        tile of 128 blocks, 2 bytes. int8 has steps of 1/64 to 1/128 of the largest
-        value of the tile, and values below half a step become 0; float8_e4m3fn rounds
-        by up to 1/16 of each value, and reaches down to 2^-17 of the largest; bfloat16
-        rounds by up to 1/256 of each value. Small models trained alike with all three.
+        tile of 128 blocks, 2 bytes. int8 has steps of 1/64 to 1/128 of the largest of
+        the tile, and values below half a step become 0; float8_e4m3fn rounds by up to
+        1/16 of each value, down to 2^-17 of the largest; bfloat16 by up to 1/256.
+        Small models trained alike with all three.
     """
     if block_size is not None:
         block_size = _validate.positive_int("block_size", block_size)

@@ -13,7 +13,7 @@ import oracles
 import efcp_jax
 from efcp_jax.compressors import ROW_AXIS, TopK, scoped
 from efcp_jax.compressors.blocks import Blocks
-from efcp_jax.compressors.sparse import SparseSpace
+from efcp_jax.compressors.top_k import SparseSpace
 from efcp_jax.devices.placement import layout
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.forms import Form
@@ -61,7 +61,7 @@ class Words(TopK):
         assert storage.words
         blocks = Blocks.of(layout, self.block_size)
         kept = max(1, round(self.density * blocks.size))
-        return SparseSpace(blocks, Form(blocks.size, kept, storage))
+        return SparseSpace(**vars(blocks), passes=Form(blocks.size, kept, storage))
 
 
 def sparse(name: str, given: dict[str, Any]) -> TopK:
