@@ -6,6 +6,7 @@ by what every JAX has, slower but with the same numbers, and one warning says so
 """
 
 from collections.abc import Callable
+import operator
 from typing import Any
 import warnings
 
@@ -23,20 +24,15 @@ _PALLAS_TPU = ("CompilerParams", "HBM", "SMEM", "VMEM", "with_memory_space_const
 def _pallas() -> Any:
     from jax.experimental import pallas
 
-    return _with(pallas, _PALLAS)
+    operator.attrgetter(*_PALLAS)(pallas)
+    return pallas
 
 
 def _tpu() -> Any:
     from jax.experimental.pallas import tpu
 
-    return _with(tpu, _PALLAS_TPU)
-
-
-def _with(module: Any, names: tuple[str, ...]) -> Any:
-    """Return `module`, which has all of `names`."""
-    for name in names:
-        getattr(module, name)
-    return module
+    operator.attrgetter(*_PALLAS_TPU)(tpu)
+    return tpu
 
 
 def _barrier() -> Callable[[Any], Any]:

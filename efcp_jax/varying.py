@@ -34,8 +34,6 @@ def like(reference: Any, tree: Any) -> Any:
 
 def struct(shape: Any, dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
     """Return the type of an array that differs over the axes that `like` does."""
-    if not axes_of(like):
-        return jax.ShapeDtypeStruct(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=_kind(like))
 
 

@@ -8,8 +8,6 @@ kinds of values:
 * a *row*: a compressed vector, a tree of arrays `(s, k, ...)`;
 * a *window*: m rows laid end to end along axis 1, a tree of arrays `(s, m k, ...)`, so
   that a row is a window of one.
-
-There is one *Gram matrix* over all leaves, or arrays of one for each leaf.
 """
 
 from collections.abc import Callable
@@ -17,7 +15,6 @@ import dataclasses
 import itertools
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -33,9 +30,9 @@ from efcp_jax.devices.layout import Layout
 ROW_AXIS = 1
 
 # Only its space knows which tree of arrays each of these is. A basis may be None.
+Tree: TypeAlias = Any
 Vector: TypeAlias = Any
 Row: TypeAlias = Any
-Rows: TypeAlias = Any
 Basis: TypeAlias = Any
 Gram: TypeAlias = Any
 
@@ -54,81 +51,63 @@ class Space(Protocol):
 
     @property
     def counts(self) -> Any:
-        """How many Gram matrices there are, in each array of them.
+        """How many Gram matrices there are: a number for each array of them.
 
-        None for one over all leaves, a number for one of each leaf, and a dictionary
-        of these for parts.
+        None for one over all leaves, and a dictionary for parts.
         """
-        ...
 
-    def pack(self, tree: chex.ArrayTree) -> Vector:
+    def pack(self, tree: Tree) -> Vector:
         """Return `tree` as this device's vector."""
-        ...
 
-    def unpack(self, vector: Vector) -> chex.ArrayTree:
+    def unpack(self, vector: Vector) -> Tree:
         """Undo `pack`, in the dtypes of the tree's leaves."""
-        ...
 
-    def zeros(self) -> tuple[Vector, Row, Basis]:
-        """Return the zero vector, the zero row, and the first basis (or None)."""
-        ...
+    def zeros(self) -> Any:
+        """Return the zero vector, the zero row, and the first basis."""
 
-    def specs(self) -> tuple[Any, Any, Any]:
+    def specs(self) -> Any:
         """Return the `PartitionSpec` of each array that `zeros` returns."""
-        ...
 
-    def compress(
-        self, vector: Vector, basis: Basis, scaled: bool
-    ) -> tuple[Row, jax.Array, Basis]:
+    def compress(self, vector: Vector, basis: Basis, scaled: bool) -> Any:
         """Return a row, its scale and the next basis: the vector is about scale * row.
 
-        The scale is the power of two above the largest entry if `scaled`, 0 for a
-        vector of zeros, else 1. Dividing by it is exact.
+        If `scaled`, the scale is the power of two above the largest entry or 0; else 1.
         """
-        ...
 
     def feed(
-        self, tree: Any, error: Vector, basis: Basis, accept, count, scaled: bool
-    ) -> tuple[Row, jax.Array, Vector, Basis]:
+        self, tree: Tree, error: Vector, basis: Basis, accept, count, scaled: bool
+    ) -> Any:
         """Compress `error` plus `tree`; return the row, its scale, error and basis.
 
-        The error comes as it is kept, and so does what is left of it, rounded by
-        `count`, the number of the step. If not `accept`, the tree is not added, and the
-        error stays as it is.
+        Errors are as they are kept, rounded by `count`, the number of the step. If not
+        `accept`, the tree is not added, and the error stays as it is.
         """
-        ...
 
     def expand(self, row: Row) -> Vector:
         """Return the vector that `row` stands for."""
-        ...
 
-    def inner(self, window: Rows, row: Row) -> Gram:
+    def inner(self, window: Row, row: Row) -> Gram:
         """Return G x: this device's share of the inner products of rows and `row`.
 
-        Shape `(m,)`, or an array `(g, m)` for each number g of `counts`. Summed over
-        all devices the shares are the inner products of the whole vectors.
+        Shape `(m,)`, or `(g, m)` for each number g of `counts`; a sum over all devices
+        makes them whole.
         """
-        ...
 
-    def dot(self, window: Rows, vector: Vector) -> Gram:
+    def dot(self, window: Row, vector: Vector) -> Gram:
         """Return G x for a vector, in the shape and the shares of `inner`."""
-        ...
 
-    def combine(self, window: Rows, coefficients: Gram) -> Vector:
+    def combine(self, window: Row, coefficients: Gram) -> Vector:
         """Return the vector G^T w; the adjoint of `dot` on one device."""
-        ...
 
-    def update(self, window: Rows, coefficients: Gram) -> chex.ArrayTree:
+    def update(self, window: Row, coefficients: Gram) -> Tree:
         """Return the tree of `combine`."""
-        ...
 
     def mover(self, new: Any) -> Any:
         """Return what moves states of this space to `new`, one of its kind.
 
-        Its methods `vector`, `basis`, `rows` (of a window) and `grams` (what there is
-        for each Gram matrix) take and return whole arrays of NumPy.
+        Its methods `vector`, `basis`, `rows` (of a window) and `grams` take and return
+        whole arrays of NumPy.
         """
-        ...
 
 
 def feed(space: Any, tree, error, basis, accept, count, scaled) -> Any:
@@ -184,9 +163,8 @@ def of_grams(counts: Any, value: Any) -> Any:
         is_spec = isinstance(x, PartitionSpec)
         return x if is_spec else jnp.broadcast_to(x, (count, *x.shape))
 
-    return jax.tree.map(
-        lambda count: jax.tree.map(lambda x: stack(count, x), value), counts
-    )
+    each = lambda count: jax.tree.map(lambda x: stack(count, x), value)
+    return jax.tree.map(each, counts)
 
 
 def each_gram(function: Callable[..., Any], *, in_turn: bool = False) -> Any:

@@ -162,7 +162,7 @@ class PartSpace:
 def each_leaf(compressor: Compressor, layout: Layout) -> PartSpace:
     """Return the space in which every leaf is compressed by itself."""
     parts = leaf_parts(compressor.bind, layout, range(len(layout.leaves)))
-    return PartSpace(layout, parts, block_diagonal=True)
+    return PartSpace(layout, tuple(parts), block_diagonal=True)
 
 
 def _fields(made: Parts) -> tuple[Parts, ...]:

@@ -70,6 +70,8 @@ class IdentitySpace(Blocks):
 
     dtype: np.dtype
 
+    feed = feed
+
     def zeros(self) -> tuple[jax.Array, jax.Array, None]:  # noqa: D102
         vector = self.zero()
         return vector, vector[:, None].astype(self.dtype), None
@@ -80,9 +82,6 @@ class IdentitySpace(Blocks):
     def compress(self, vector: jax.Array, basis: None, scaled: bool):  # noqa: D102
         scale, inverse = row_scale(vector, scaled)
         return (vector * inverse).astype(self.dtype)[:, None], scale, basis
-
-    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
-        return feed(self, tree, error, basis, accept, count, scaled)
 
     def expand(self, row: jax.Array) -> jax.Array:  # noqa: D102
         return row[:, 0].astype(self.layout.dtype)

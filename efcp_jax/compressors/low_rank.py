@@ -35,12 +35,9 @@ class LowRank:
         """Return the space of thin matrices, and of all else as it is."""
         thin = [i for i, leaf in enumerate(layout.leaves) if self._helps(leaf)]
         rest = [i for i in range(len(layout.leaves)) if i not in set(thin)]
-        bind = functools.partial(
-            FactorSpace,
-            rank=self.rank,
-            dtype=jnp.dtype(self.value_dtype or layout.dtype),
-            run=max(_SMALLEST, sum(leaf.size for leaf in layout.leaves) // _RUNS),
-        )
+        dtype = jnp.dtype(self.value_dtype or layout.dtype)
+        run = max(_SMALLEST, sum(leaf.size for leaf in layout.leaves) // _RUNS)
+        bind = functools.partial(FactorSpace, rank=self.rank, dtype=dtype, run=run)
 
         def matrix(leaf: Leaf) -> tuple[tuple[int, int], Leaf | None]:
             rows, cols = leaf.matrix_shape

@@ -47,13 +47,7 @@ class Part(NamedTuple):
     members: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        bind: Callable[[Layout], Any],
-        layout: Layout,
-        *members: tuple[int, ...],
-    ) -> "Part":
+    def of(cls, name: str, bind: Any, layout: Layout, *members: Any) -> "Part":
         """Return the part of these members, whose space `bind` makes."""
         leaves = tuple(layout.leaves[i] for i in members[0])
         treedef = jax.tree.structure([0] * len(leaves))
@@ -117,12 +111,11 @@ def alike(
     return named
 
 
-def leaf_parts(
-    bind: Callable[[Layout], Any], layout: Layout, indices: Iterable[int]
-) -> tuple[Part, ...]:
+def leaf_parts(bind: Any, layout: Layout, indices: Iterable[int]) -> list[Part]:
     """Return parts in which each of some leaves stands for itself; one at least."""
-    groups = alike(layout, indices, lambda leaf: (leaf.whole, leaf)) or {"0": ()}
-    return tuple(
-        Part.of(name, bind, layout, *([(i,) for i in found] or [()]))
+    groups = alike(layout, indices, lambda leaf: (leaf.whole, leaf))
+    parts = [
+        Part.of(name, bind, layout, *((i,) for i in found))
         for name, found in groups.items()
-    )
+    ]
+    return parts or [Part.of("0", bind, layout, ())]

@@ -45,11 +45,9 @@ def orthonormal(matrices: jax.Array, axes: tuple[str, ...]) -> Routine:
     r"""Return an orthonormal basis of the rows of each matrix by shifted Cholesky-QR.
 
     $Q = \mathrm{chol}(Y Y^T + \delta I)^{-1} Y$, twice, of matrices `(g, r, n)` whose
-    columns are divided over `axes`. Only products and an `(r, r)` factorisation, so it
-    runs on matrix units and sums r^2 numbers between devices. Zero rows stay zero.
-    Dependent rows give directions of rounding size, which the second pass turns into
-    arbitrary orthonormal ones: harmless, since a projection on the rows of $Q$ stays
-    one.
+    columns are divided over `axes`. Zero rows stay zero. Dependent rows give directions
+    of rounding size, which the second pass turns into arbitrary orthonormal ones:
+    harmless, since a projection on the rows of $Q$ stays one.
     """
     # The first pass leaves rows of length 1, so no square of the second overflows.
     peak = yield lax.pmax, jnp.max(jnp.abs(matrices), axis=2), axes
