@@ -21,11 +21,7 @@ _INDEXED = 2**31 - 1
 
 @jax.custom_jvp
 def root(square: jax.Array) -> jax.Array:
-    """Return the square root; its derivative at 0 is 0.
-
-    What roots are taken of are sums of squares, whose root has a kink at 0: 0 is the
-    mean of its slopes, where the rule of the root itself would give infinity times 0.
-    """
+    """Return the root of a sum of squares; its derivative at 0 is the mean slope, 0."""
     return jnp.sqrt(square)
 
 
@@ -125,45 +121,35 @@ def _power_of_two_jvp(primals: Any, tangents: Any) -> Any:
     return made, tuple(map(jnp.zeros_like, made))
 
 
-def constant(value: Any, why: str) -> Any:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def constant(value: jax.Array, why: str) -> jax.Array:
     """Return `value`, of which a derivative raises: `why`, and what to do."""
+    del why
+    return value
 
-    @jax.custom_jvp
-    def same(value: jax.Array) -> jax.Array:
-        return value
 
-    @same.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        del primals, tangents
-        raise NotImplementedError(f"efcp_jax has no derivative here: {why}")
-
-    return same(value)
+@constant.defjvp
+def _constant_jvp(why: str, *_: Any) -> Any:
+    raise NotImplementedError(f"efcp_jax has no derivative here: {why}")
 
 
 def not_vanished(value: Any) -> Any:
-    """Return `value`, or where it is a zero of float16 the least number that is not.
-
-    `optax.inject_hyperparams` rounds hyperparameters to the dtype of the parameters, in
-    which `damping=1e-8` is zero.
-    """
+    """Return `value`, or where it is a zero of float16 the least number that is not."""
+    # `optax.inject_hyperparams` rounds `damping=1e-8` to zero in such a model's dtype.
     if getattr(value, "dtype", None) != jnp.float16:
         return value
     return jnp.where(value == 0, jnp.finfo(jnp.float16).smallest_subnormal, value)
 
 
 def indexed(size: int = 1) -> int:
-    """Return how many units of `size` entries an index reaches across, at least one.
-
-    A program indexes into no more at once: what is longer is cut.
-    """
+    """Return how many units of `size` entries an index reaches across, one at least."""
     return max(1, _INDEXED // size)
 
 
 def roots(factor: chex.Numeric, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     """Return a power of two near the root of `factor`, and the factor over it.
 
-    Multiplying one factor of a product by one and the product by the other neither
-    over- nor underflows where a multiplication by `factor` alone might.
+    One for a factor of a product and one for the product, neither over- nor underflows.
     """
     factor = jnp.asarray(factor, dtype)
     _, exponent = jnp.frexp(factor)

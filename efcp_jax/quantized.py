@@ -31,20 +31,14 @@ _NO_DERIVATIVE = "errors of 8 bits are whole numbers. Pass `error_dtype=jnp.bflo
 
 
 class Quantized(NamedTuple):
-    """An array of a vector: int8 in its shape, and what multiplies each group.
-
-    The units are powers of two, bfloat16, one for each group along the last axis.
-    """
+    """An array of a vector in int8, and a power of two, bfloat16, for each group."""
 
     values: Any
     units: Any
 
 
 def zeros(vector: Any, specs: Any, dtype: np.dtype | None) -> Any:
-    """Return an error of zeros in `dtype`, or in that of `vector`, which is of zeros.
-
-    `specs` say how its arrays are divided among devices.
-    """
+    """Return the zero `vector`, which `specs` divide, as an error kept in `dtype`."""
 
     def one(x: jax.Array, spec: Any) -> Any:
         if dtype != DTYPE:

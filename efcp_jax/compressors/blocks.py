@@ -33,6 +33,7 @@ class Blocks:
     Attributes:
         layout: The tree's leaves on this device.
         size: Entries a block.
+        count: Blocks of this device.
         groups: For each group, the indices of its leaves and its number of blocks.
         weights: For each of this device's blocks, one over the number of devices that
             hold it; None where every block is held once.
@@ -40,6 +41,7 @@ class Blocks:
 
     layout: Layout
     size: int
+    count: int
     groups: tuple[tuple[tuple[int, ...], int], ...]
     weights: np.ndarray | None
 
@@ -76,13 +78,8 @@ class Blocks:
         counts[-1] += share * ways - sum(counts)
         # Not where it would be of ones: there may be millions of blocks.
         weights = np.repeat(1 / np.array(copies), counts) if copies != (1,) else None
-        return cls(layout, size, tuple(zip(indices, counts, strict=True)), weights)
-
-    @property
-    def count(self) -> int:
-        """Number of blocks of this device."""
-        total = sum(count for _, count in self.groups)
-        return total // self.layout.ways(self.layout.split)
+        groups = tuple(zip(indices, counts, strict=True))
+        return cls(layout, size, share, groups, weights)
 
     @property
     def flat(self) -> bool:

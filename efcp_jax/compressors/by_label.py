@@ -43,13 +43,8 @@ def by_label(
 
     $C(a) = (C_1(a_1), \ldots, C_n(a_n))$ for the parts $a_p$ of equal label. Inner
     products are summed over the parts, so there is one Gram matrix, and the
-    preconditioner is that of the full matrix over all parameters.
-
-    Matrices of low rank beside sparse embedding tables, and vectors as they are:
-
-        efcp_jax.by_label(
-            {"matrix": low_rank(4), "table": top_k(0.01), "rest": identity()},
-            {"embedding": "table", "layers": "matrix", "norms": "rest"})
+    preconditioner is that of the full matrix over all parameters: for matrices of low
+    rank, say, beside sparse embedding tables and vectors as they are.
 
     Args:
         compressors: The compressor of each label.
@@ -67,11 +62,10 @@ def by_label(
             label, or a compressor no leaf.
 
     Examples:
-        >>> import efcp_jax, jax, jax.numpy as jnp
-        >>> kind = lambda leaf: "matrix" if leaf.ndim > 1 else "rest"
+        >>> import efcp_jax, jax.numpy as jnp
         >>> compressor = efcp_jax.by_label(
         ...     {"matrix": efcp_jax.top_k(0.25), "rest": efcp_jax.identity()},
-        ...     lambda params: jax.tree.map(kind, params))
+        ...     {"w": "matrix", "b": "rest"})
         >>> tx = efcp_jax.error_feedback(compressor)
         >>> gradient = {"w": jnp.array([[4., 3.], [2., 1.]]), "b": jnp.array([2., 1.])}
         >>> update, _ = tx.update(gradient, tx.init(gradient))

@@ -65,11 +65,6 @@ class FactorSpace:
         leaf = self.layout.leaves[0]
         return (*leaf.row_axes, *self.layout.split), leaf.col_axes
 
-    @property
-    def copies(self) -> int:
-        """Devices that hold this same part of a leaf."""
-        return self.layout.copies(self.layout.leaves[0])
-
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Yield start and length of runs of about equal length, one leaf at least."""
         each = max(1, self.run // math.prod(self.shape))
@@ -169,7 +164,8 @@ class FactorSpace:
             contract("gpn,gsn->gps", *both).astype(self.layout.dtype)
             for both in zip(window, row, strict=True)
         )
-        copies, (row_axes, col_axes) = self.copies, self.axes
+        copies = self.layout.copies(self.layout.leaves[0])
+        row_axes, col_axes = self.axes
         if row_axes and col_axes:
             lefts = yield lax.psum, lefts, row_axes
             copies *= self.layout.ways(row_axes)
@@ -177,7 +173,8 @@ class FactorSpace:
 
     def dot(self, window: LowRankRow, vector: jax.Array) -> jax.Array:  # noqa: D102
         each = contract("gpn,gnc->gpc", window.left, vector) * window.right
-        return self._by_row(jnp.sum(each, axis=2)) / self.copies
+        copies = self.layout.copies(self.layout.leaves[0])
+        return self._by_row(jnp.sum(each, axis=2)) / copies
 
     def _by_row(self, products: jax.Array) -> jax.Array:
         """Return sums `(g, m)` of what each row of a window has of `(g, m r, ...)`."""

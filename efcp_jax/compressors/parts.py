@@ -1,8 +1,9 @@
 """Parts of a tree: leaves that are compressed together.
 
 A part is the leaves of one label, those of equal matrices, or one leaf. Leaves that
-stand each for itself and are alike are the *members* of one part, side by side: the
-number of kernels and the time to compile follow the number of different leaves.
+stand each for itself and are alike are the *members* of one part: the number of kernels
+and the time to compile follow the number of different leaves. In a state their arrays
+lie behind each other along the first axis, on each device.
 """
 
 import collections
@@ -19,8 +20,7 @@ from efcp_jax.compressors.base import Space
 from efcp_jax.devices.layout import Layout, Leaf
 
 
-# What there is for each part, by its name. In a state the arrays of its members lie
-# behind each other along the first axis, on each device.
+# What there is for each part, by its name.
 Parts: TypeAlias = dict[str, Any]
 
 

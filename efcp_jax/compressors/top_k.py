@@ -33,13 +33,12 @@ class SparseSpace(Blocks):
     passes: Form
 
     @property
-    def storage(self) -> Storage:
-        """How entries are stored."""
+    def storage(self) -> Storage:  # noqa: D102
         return self.passes.storage
 
     def zeros(self) -> tuple[jax.Array, Stored, None]:  # noqa: D102
-        row = self.storage.zeros(self.passes.row_shape(self.count))
-        return self.zero(), row, None
+        shape = self.passes.row_shape(self.count)
+        return self.zero(), self.storage.zeros(shape), None
 
     def specs(self):  # noqa: D102
         return self.spec, self.storage.each(self.spec), None
