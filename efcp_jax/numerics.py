@@ -31,11 +31,8 @@ def at_least_zero(value: jax.Array) -> jax.Array:
     return jnp.maximum(value, 0)
 
 
-def _slope_of_root(value: jax.Array) -> jax.Array:
-    return jnp.where(value > 0, 0.5 / jnp.where(value > 0, value, 1), 0)
-
-
-root.defjvps(lambda tangent, value, _: _slope_of_root(value) * tangent)
+_slope = lambda root: jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0)
+root.defjvps(lambda tangent, value, _: _slope(value) * tangent)
 at_least_zero.defjvps(lambda tangent, _, value: jnp.where(value < 0, 0, tangent))
 
 

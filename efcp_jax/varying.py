@@ -1,8 +1,7 @@
 """Values that differ between devices inside of `jax.shard_map`, which their types tell.
 
-There a step is made by each device for itself, of a gradient of its own. What branches
-and loops are given must have one type, so what is the same on all devices, such as a
-state of zeros, is taken to differ as the gradient does.
+Branches and loops must be given one type, so there what is the same on all devices,
+such as a state of zeros, is taken to differ as the gradient does.
 """
 
 from typing import Any

@@ -95,9 +95,8 @@ class SparseSpace(Blocks):
         return self.passes.dot(window, vector)
 
     def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
-        # All entries of all blocks as the one leaf of one run.
-        whole = ((self.count * self.size,),)
-        (flat,) = self.passes.combine(window, coefficients, whole)
+        one_run = [[self.count * self.size]]
+        (flat,) = self.passes.combine(window, coefficients, one_run)
         return flat.reshape(-1, self.size)
 
     def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
