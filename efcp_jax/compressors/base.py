@@ -74,9 +74,7 @@ class Space(Protocol):
         If `scaled`, the scale is the power of two above the largest entry or 0; else 1.
         """
 
-    def feed(
-        self, tree: Tree, error: Vector, basis: Basis, accept, count, scaled: bool
-    ) -> Any:
+    def feed(self, tree: Tree, error: Vector, basis, accept, count, scaled) -> Any:
         """Compress `error` plus `tree`; return the row, its scale, error and basis.
 
         Errors are as they are kept, rounded by `count`, the number of the step. If not
@@ -113,9 +111,8 @@ class Space(Protocol):
 def feed(space: Any, tree, error, basis, accept, count, scaled) -> Any:
     """Do what `Space.feed` does, by two more operations that `space` has.
 
-    `accumulate(tree, vector, accept)` returns `vector` plus that of `tree` if `accept`,
-    within its range, and `residual(vector, row, scale)` returns `vector` minus `scale`
-    times the vector that `row` stands for.
+    `accumulate` adds the vector of a tree if `accept`, and `residual` takes away the
+    scale times that of a row, both within their range.
     """
     before = quantized.load(error, space.layout.dtype)
     total = space.accumulate(tree, before, accept)

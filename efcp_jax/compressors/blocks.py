@@ -28,15 +28,10 @@ _MESH_BLOCK = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Where each leaf lies in the array of blocks, which is a vector of these spaces.
+    """Where each leaf lies in the array of blocks: `count` on this device, of `size`.
 
-    Attributes:
-        layout: The tree's leaves on this device.
-        size: Entries a block.
-        count: Blocks of this device.
-        groups: For each group, the indices of its leaves and its number of blocks.
-        weights: For each of this device's blocks, one over the number of devices that
-            hold it; None where every block is held once.
+    Groups are the indices of their leaves and a number of blocks, and weights for each
+    block one over how many devices hold it, or None where every block is held once.
     """
 
     layout: Layout
