@@ -61,7 +61,7 @@ BANNED = {
 # Words on arguments and their checks, which every room may call.
 COMMON = {"_docstrings", "_validate", "_validate_trees"}
 # Files of the m x m solver that know platforms.
-M_BY_M = {"preconditioners/system.py", "preconditioners/root.py"}
+M_BY_M = {"preconditioners/system.py", "preconditioners/ggt.py"}
 # Types of states, for isinstance and annotations.
 STATES = {
     "ErrorFeedbackState",

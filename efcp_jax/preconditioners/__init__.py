@@ -9,8 +9,9 @@ $$(\lambda I + G^T G / m)^{-1} c_t = G^T (\lambda I + K / m)^{-1} e_j, \qquad
 No large numbers are subtracted, unlike in the form $x / \lambda - G^T(\ldots)$.
 
 Rows come scaled: $G = S \hat G$ with $S = \mathrm{diag}(s)$, so both functions take
-$\hat K = \hat G \hat G^T$ and $s$, return $S w$, and never form a square of $s$: rows
-from 1e-30 to 1e30 share a window.
+$\hat K = \hat G \hat G^T$, shape `(m, m)`, and $s$, shape `(m,)`, 0 for empty slots;
+they return $S w$, and never form a square of $s$: rows from 1e-30 to 1e30 share a
+window.
 
 Degenerate windows have stated results, finite ones. Zero rows, empty slots included,
 have no part in the update, and for a zero newest row it is zero. Where rows depend on

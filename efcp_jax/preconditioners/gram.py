@@ -13,16 +13,7 @@ def replace(
     """Return `gram` with row and column `slot` set to `products`, if `accept`.
 
     Every entry is a fresh inner product of two stored rows, so nothing drifts however
-    often rows are replaced.
-
-    Args:
-        gram: Inner products of the stored rows, shape `(..., m, m)`.
-        products: Inner products of all rows with the new one, shape `(..., m)`.
-        slot: Slot of the new row, int32.
-        accept: Whether to replace at all, a boolean.
-
-    Returns:
-        Array of the shape and dtype of `gram`.
+    often rows are replaced. Shapes are `(..., m, m)` and `(..., m)`.
     """
 
     def write(gram: jax.Array, products: jax.Array) -> jax.Array:
@@ -35,54 +26,23 @@ def replace(
 
 
 def ages(size: int, slot: jax.Array) -> jax.Array:
-    """Return the age of every slot when the newest row is at `slot`; 0 is the newest.
-
-    Args:
-        size: Number of slots m.
-        slot: Slot of the newest row, int32.
-
-    Returns:
-        Whole numbers in [0, m), int32, shape `(m,)`.
-    """
+    """Return the age of every slot when the newest row, of age 0, is at `slot`."""
     return (slot - jnp.arange(size, dtype=jnp.int32)) % size
-
-
-def mean_square(gram: jax.Array, scale: jax.Array, filled: jax.Array) -> jax.Array:
-    """Return the mean squared norm of the rows there are, 0 for none.
-
-    Args:
-        gram: Inner products of the stored rows, shape `(m, m)`.
-        scale: What multiplies each row, shape `(m,)`.
-        filled: Number of slots that hold a row.
-
-    Returns:
-        A scalar in the dtype of `gram`, at most its largest number.
-    """
-    share = scale / jnp.sqrt(jnp.maximum(filled, 1).astype(gram.dtype))
-    total = jnp.sum((share * root(jnp.diagonal(gram))) ** 2)
-    return jnp.minimum(total, jnp.finfo(gram.dtype).max)
 
 
 def in_own_unit(
     gram: jax.Array, scale: jax.Array, filled: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the scales over the largest of them, and the mean square in that unit.
+    """Return the scales over the largest, and the mean squared norm of the rows then.
 
     Scales are powers of two, so that nothing is rounded, and no square of the largest
-    leaves the range.
-
-    Args:
-        gram: Inner products of the stored rows, shape `(m, m)`.
-        scale: What multiplies each row, shape `(m,)`.
-        filled: Number of slots that hold a row.
-
-    Returns:
-        Numbers of at most 1, shape `(m,)`, and the mean squared norm of the rows that
-        they make.
+    leaves the range. The mean is over the rows there are, 0 for none.
     """
     largest = jnp.max(scale)
     scale = scale / jnp.where(largest > 0, largest, 1)
-    return scale, mean_square(gram, scale, filled)
+    share = scale / jnp.sqrt(jnp.maximum(filled, 1).astype(gram.dtype))
+    total = jnp.sum((share * root(jnp.diagonal(gram))) ** 2)
+    return scale, jnp.minimum(total, jnp.finfo(gram.dtype).max)
 
 
 def moment(
@@ -93,21 +53,11 @@ def moment(
     *,
     nesterov: bool = False,
 ) -> jax.Array:
-    r"""Return what of each row is preconditioned, $b_i / b_2^{age_i}$.
+    r"""Return what of each row is preconditioned, $b_i / b_2^{age_i}$, in [0, 1].
 
     $b_i = (1 - b_1)\, b_1^{age_i}$, the first moment of the stored gradients; with
     `nesterov`, $b_1 b_i + (1 - b_1) \delta_{ij}$, the moment that the newest gradient
-    would be part of twice.
-
-    Args:
-        age: Age of every slot, 0 for the newest, shape `(m,)`.
-        filled: Number of slots that hold a row.
-        b1: Decay of the first moment, in [0, 1), at most `b2`.
-        b2: Decay of the rows, in (0, 1]. As one power nothing under- or overflows.
-        nesterov: Whether to look ahead.
-
-    Returns:
-        Numbers in [0, 1], 0 for empty slots, shape `(m,)`, in the dtype of `b1`.
+    would be part of twice. As one power of $b_1 \le b_2$ nothing under- or overflows.
     """
     faded = (1 - b1) * (b1 / b2) ** age.astype(b1.dtype)
     if nesterov:

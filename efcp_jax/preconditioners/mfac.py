@@ -1,19 +1,24 @@
 """The coefficients of M-FAC: one column of the inverse of an m x m matrix."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 from jax import lax
+from jax.dtypes import float0
 import jax.numpy as jnp
+import numpy as np
 
 from efcp_jax.numerics import at_least_zero, dot
-from efcp_jax.preconditioners import implicit, system as systems
+from efcp_jax.preconditioners import cholesky, system as systems
 
 
 # The largest stored entry is below 2^2, so a sum of m rows with coefficients below the
 # largest number over 2^3 m is finite.
 _HEADROOM = 8.0
+
+# Eigenvalues below so many rounding errors a row are rounding errors.
+_NOISE = 2.0
 
 
 def mfac_coefficients(
@@ -25,39 +30,22 @@ def mfac_coefficients(
     kept: systems.Kept | None = None,
     moment: jax.Array | None = None,
 ) -> tuple[jax.Array, systems.Kept | None]:
-    r"""Return $S (\lambda I + S \hat K S / n)^{-1} b$.
+    r"""Return $S (\lambda I + S \hat K S / n)^{-1} b$, and what the next step is given.
+
+    $b$ is what of each row is preconditioned, by default the newest, and $n$ the number
+    of rows the Fisher matrix is averaged over. `kept` is what the step before has left,
+    `systems.empty` in front of the first; between two steps no row may change but that
+    at `slot`.
 
     The matrix is scaled to unit diagonal, so rows may differ in norm by any factor, and
     factorised by Cholesky. Where a row depends on the others to within rounding, one
     with pivots follows, which leaves out such rows; what is dropped cannot be told from
-    zero in this precision.
+    zero in this precision. The relative error of the coefficients, and that of the
+    update against the lengths of the rows that are combined, grows as the condition
+    number of the scaled matrix times the rounding unit.
 
-    Args:
-        gram: $\hat K$, shape `(m, m)`.
-        scale: $s$, shape `(m,)`; 0 for empty slots.
-        slot: $j$, the slot of the newest row, int32.
-        damping: $\lambda \ge 0$, in the unit of a squared gradient entry.
-        divisor: $n$, the number of rows the Fisher matrix is averaged over.
-        kept: What the step before has left of its factorisation, `systems.empty` in
-            front of the first, or None. Between two steps no row may change but that at
-            $j$.
-        moment: $b$, what of each row is preconditioned, shape `(m,)`. None for $e_j$,
-            the newest gradient.
-
-    Returns:
-        Coefficients of the stored rows, shape `(m,)`, in the dtype of `gram`, and what
-        is left for the next step. The relative error of the coefficients, and that of
-        the update against the lengths of the rows that are combined, grows as the
-        condition number of the scaled matrix times the rounding unit.
-
-    References:
-        Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
-        Information <https://arxiv.org/abs/2107.03356>`_, 2021
-
-    Notes:
-        m^3 / 3 operations; where the remedy is needed, about 6 m^3 more. With `kept`,
-        on CPUs, 2 m^2 operations, and m^3 / 3 once in 64 steps or when the damping or
-        the divisor changes.
+    m^3 / 3 operations; where the remedy is needed, about 6 m^3 more. With `kept`, on
+    CPUs, 2 m^2, and m^3 / 3 once in 64 steps or when damping or divisor change.
     """
     dtype, size = gram.dtype, gram.shape[0]
     # A schedule may undershoot 0 by a rounding error; a window may still be empty.
@@ -78,7 +66,6 @@ def _solved(
     slot: jax.Array,
     kept: systems.Kept | None,
 ) -> tuple[jax.Array, systems.Kept | None]:
-    """Return what `mfac_coefficients` does."""
     system, inverse = _system(gram, scale, damping, divisor)
     # The largest entry of the right-hand side becomes one.
     unit = jnp.max(inverse * jnp.abs(moment))
@@ -95,9 +82,10 @@ def _solved(
 def _solved_jvp(primals: Any, tangents: Any) -> Any:
     r"""Return $w = S z$ of $A z = b$, and $w' = S A^{-1} (b' - A' z)$.
 
-    No factorisation is differentiated. With dependent rows and no damping to speak of,
-    $z$ solves $A (b - A z) = 0$, and $z' = A^+ (b' - A' z + A^+ A' (b - A z))$, the
-    derivative among windows of one rank. Scales are powers of two: constants.
+    No factorisation is differentiated, nor does it matter when that which is kept was
+    made. With dependent rows and no damping to speak of, $z$ solves $A (b - A z) = 0$,
+    and $z' = A^+ (b' - A' z + A^+ A' (b - A z))$, the derivative among windows of one
+    rank. Scales are powers of two: constants.
     """
     gram, scale, damping, divisor, moment, *others = primals
     d_gram, _, d_damping, _, d_moment, _, _ = tangents
@@ -112,14 +100,36 @@ def _solved_jvp(primals: Any, tangents: Any) -> Any:
         return inverse * (damping * x + products(gram, scale * x))
 
     system, inverse = lax.stop_gradient(_system(gram, scale, damping, divisor))
-    solve, sound = implicit.inverse(system, inverse, multiply)
+    divide, sound = _division(system, inverse)
+    # A loop cannot be transposed, but this.
+    transposed = lambda _, x: jax.linear_transpose(lambda y: divide(None, y), x)(x)[0]
+    solve = lambda rhs: lax.custom_linear_solve(multiply, rhs, divide, transposed)
     change = lambda z, weights: d_damping * z + products(d_gram, weights)
     left = moment - damping * solution - products(gram, weights)
     left = jnp.where(sound, 0, left)
     more = inverse * solve(inverse * change(left, scale * left))
     rest = d_moment - change(solution, weights) + more
-    d_weights = system.weights * solve(inverse * rest)
-    return (weights, new), (d_weights, implicit.kept(new, damping, d_damping))
+    d_new = jax.tree.map(jnp.zeros_like, new)
+    if d_new is not None:
+        d_kept = jnp.where(new.damping == damping, d_damping, 0)
+        d_new = d_new._replace(run=np.zeros((), float0), damping=d_kept)
+    return (weights, new), (system.weights * solve(inverse * rest), d_new)
+
+
+def _division(system: systems.System, diagonal: jax.Array) -> tuple[Any, jax.Array]:
+    """Return the inverse of $D A D$ as a linear map, and whether it has one.
+
+    Where not, it is one to within the null space.
+    """
+    size, dtype = system.size, diagonal.dtype
+    factor: Any = cholesky.factorise(system.rows(0, size).T, size)
+    sound = systems.is_sound(factor)
+    # Both branches are taken where there is a batch: a NaN times 0 is no 0.
+    factor = jnp.where(sound, factor, jnp.eye(size, dtype=dtype))
+    one = jnp.ones((), dtype)
+    by_factor = lambda rhs: cholesky.solve(factor, rhs)
+    by_basis = lambda rhs: systems.without_noise(system, diagonal, rhs / diagonal, one)
+    return lambda _, rhs: lax.cond(sound, by_factor, by_basis, rhs), sound
 
 
 def _system(
@@ -131,3 +141,31 @@ def _system(
     diagonal = jnp.hypot(norms, jnp.sqrt(damping))
     inverse = 1 / jnp.where(diagonal > 0, diagonal, 1)
     return systems.System(gram.reshape(-1), scale * inverse, divisor), inverse
+
+
+class Ridge(NamedTuple):
+    r"""$D (S \hat K S + \rho I) D$ of unit diagonal, for any right-hand side."""
+
+    weights: jax.Array  # the diagonal of $S D$
+    shift: jax.Array  # that of $\rho D^2$, in (0, 1]
+    values: jax.Array  # eigenvalues, at least what rounding makes up
+    vectors: jax.Array
+
+    def better(self, products: jax.Array, solution: jax.Array) -> jax.Array:
+        r"""Return $v$ with the solution of what is left, $D (S \hat b - \rho D v)$."""
+        left = self.weights * products - self.shift * solution
+        return solution + dot(self.vectors, dot(left, self.vectors) / self.values)
+
+
+def ridge(gram: jax.Array, scale: jax.Array, shift: jax.Array) -> Ridge:
+    """Return the system, by an eigendecomposition."""
+    # In two steps, since a squared norm may overflow.
+    lengths = jnp.hypot(scale * jnp.sqrt(jnp.diagonal(gram)), jnp.sqrt(shift))
+    inverse = 1 / lengths
+    weights = scale * inverse
+    share = (jnp.sqrt(shift) * inverse) ** 2
+    matrix = weights[:, None] * gram * weights[None]
+    diagonal = jnp.eye(len(scale), dtype=bool)
+    values, vectors = jnp.linalg.eigh(jnp.where(diagonal, 1, matrix))
+    noise = _NOISE * len(scale) * jnp.finfo(gram.dtype).eps
+    return Ridge(weights, share, jnp.maximum(values, noise), vectors)

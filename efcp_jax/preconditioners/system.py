@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from efcp_jax import varying
 from efcp_jax.numerics import dot
-from efcp_jax.preconditioners import cholesky, pivoted
+from efcp_jax.preconditioners import cholesky
 
 
 # Smaller matrices are factorised faster than the kept factor is read.
@@ -42,15 +42,9 @@ _NOISE = 10.0
 
 
 class System(NamedTuple):
-    r"""The matrix $w_i \hat K_{ij} w_j / n$ with a diagonal of ones.
+    r"""The matrix $w_i \hat K_{ij} w_j / n$ with a diagonal of ones."""
 
-    Attributes:
-        gram: $\hat K$, symmetric, row by row, shape `(m^2,)`.
-        weights: $w$, shape `(m,)`.
-        divisor: $n$.
-    """
-
-    gram: jax.Array
+    gram: jax.Array  # row by row, shape `(m^2,)`
     weights: jax.Array
     divisor: jax.Array
 
@@ -71,17 +65,9 @@ class System(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What one step leaves to the next of its factorisation.
+    """What one step leaves to the next: $F$, $W^T$, and what they were made with."""
 
-    Attributes:
-        run: First slot of the run, int32; -1 if nothing is kept.
-        damping: The damping it was made with.
-        divisor: The divisor it was made with.
-        factor: $F$.
-        coupling: $W^T$, shape `(r, m)`.
-    """
-
-    run: jax.Array
+    run: jax.Array  # its first slot, int32; -1 if nothing is kept
     damping: jax.Array
     divisor: jax.Array
     factor: cholesky.Factor
@@ -127,20 +113,10 @@ def solve(
 ) -> tuple[jax.Array, Kept | None]:
     r"""Solve $D A D x = D b / \mu$ for `system` $D A D$; always finite.
 
+    `inverse` is the diagonal of $D$, and $\mu$ at least the largest entry of $D b$.
     Where $A$ is singular to within rounding, $\mu D x$ is the limit of
-    $(\delta I + A)^{-1} b$ on the range of $A$.
-
-    Args:
-        system: A positive semidefinite matrix.
-        inverse: The diagonal of $D$, shape `(m,)`.
-        rhs: $b$, shape `(m,)`.
-        unit: $\mu$, at least the largest entry of $D b$.
-        slot: The only slot overwritten since the last step, int32.
-        damping: What the system depends on besides its rows and the divisor.
-        kept: What the last step has left, or None.
-
-    Returns:
-        $x$ and what the next step should be given.
+    $(\delta I + A)^{-1} b$ on the range of $A$. Since the step that has left what is
+    `kept` only `slot` was overwritten; all else depends on divisor and `damping`.
     """
     scaled = inverse * rhs / unit
     if kept is None:
@@ -241,4 +217,4 @@ def without_noise(
     # The Frobenius norm is at least the largest eigenvalue, and what rounding leaves of
     # dependent rows grows with the number of rows.
     noise = _NOISE * jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
-    return pivoted.solve(matrix, inverse, rhs, unit, noise)
+    return cholesky.solve_in_basis(matrix, inverse, rhs, unit, noise)

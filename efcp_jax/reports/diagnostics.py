@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from efcp_jax import quantized
 from efcp_jax.metrics import Factored, MetricState
 from efcp_jax.numerics import widest
-from efcp_jax.reports.compare import length
-from efcp_jax.reports.find import only_state
+from efcp_jax.reports import only_state
 from efcp_jax.transforms import ErrorFeedbackState
 
 
@@ -68,7 +67,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     if inner.error is not None:
         error = quantized.load(inner.error)
         dtype = widest(*(leaf.dtype for leaf in jax.tree.leaves(error)))
-        result["error_norm"] = length(error, dtype)
+        result["error_norm"], _ = direction(error, dtype)
     if inner.metric is not None:
         mean, spread = _of_metric(inner.metric)
         result |= {"gradient_rms": mean, "metric_spread": spread}
@@ -131,3 +130,24 @@ def _effective_rank(spectrum: jax.Array) -> jax.Array:
     share = spectrum / jnp.where(total > 0, total, 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share))
     return jnp.where(total > 0, jnp.exp(entropy), 0)
+
+
+def direction(tree: chex.ArrayTree, dtype: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """Return the Euclidean norm of `tree` in `dtype`, and the leaves over it.
+
+    No square leaves the range, and on a mesh every leaf is added up where it lies.
+    """
+    leaves = []
+    for leaf in map(jnp.asarray, jax.tree.leaves(tree)):
+        is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+        wide = widest(dtype, jnp.complex64) if is_complex else dtype
+        leaves.append(leaf.astype(wide))
+    zero = jnp.zeros((), dtype)
+    peak = jnp.max(jnp.stack([zero, *(jnp.max(jnp.abs(x), initial=0) for x in leaves)]))
+    leaves = _over(leaves, peak)
+    length = jnp.sqrt(sum((jnp.sum(jnp.abs(x) ** 2) for x in leaves), zero))
+    return peak * length, _over(leaves, length)
+
+
+def _over(leaves: list[jax.Array], length: jax.Array) -> list[jax.Array]:
+    return [leaf / jnp.where(length > 0, length, 1) for leaf in leaves]

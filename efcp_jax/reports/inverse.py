@@ -11,9 +11,9 @@ import optax
 
 from efcp_jax import _validate, _validate_trees, window as windows
 from efcp_jax.compressors import Compressor, each_gram, of_grams, scoped
-from efcp_jax.preconditioners.ridge import Ridge, ridge
+from efcp_jax.preconditioners.mfac import Ridge, ridge
 from efcp_jax.protocol import Step, transformation
-from efcp_jax.reports.find import only_state
+from efcp_jax.reports import only_state
 from efcp_jax.transforms import ScaleByMfacState
 from efcp_jax.window import Window
 
@@ -143,9 +143,12 @@ def _solver(
         return _Held(window, of_grams(space.counts, one))
 
     def step(space, updates, held, values):
+        damping = jnp.asarray(values["damping"], space.layout.dtype)
         rows = held.window.filled if divisor == "filled" else size
-        fisher = _Fisher.of(space, held, values["damping"], rows)
-        product = _refined(fisher, space.pack(updates))
+        shift = damping * jnp.maximum(jnp.asarray(rows, damping.dtype), 1)
+        systems = each_gram(lambda gram: ridge(gram, held.window.scale, shift))
+        fisher = _Fisher(space, held.window, damping, shift, systems(held.gram))
+        product = fisher.refined(space.pack(updates))
         return space.layout.cast(space.unpack(product)), held
 
     product = Step(compressor, init, specs, step)
@@ -161,14 +164,6 @@ class _Fisher(NamedTuple):
     shift: jax.Array  # $n \lambda$
     systems: Any
 
-    @classmethod
-    def of(cls, space: Any, state: Any, damping: Any, rows: Any) -> "_Fisher":
-        window, dtype = state.window, space.layout.dtype
-        damping = jnp.asarray(damping, dtype)
-        shift = damping * jnp.maximum(jnp.asarray(rows, dtype), 1)
-        factorise = each_gram(lambda gram: ridge(gram, window.scale, shift))
-        return cls(space, window, damping, shift, factorise(state.gram))
-
     def products(self, vector: Any) -> Any:
         """Return $G x$, of the rows as they are stored."""
         return self.space.layout.sum(self.space.dot(self.window.rows, vector))
@@ -180,16 +175,15 @@ class _Fisher(NamedTuple):
 
     def solved(self, vector: Any) -> Any:
         """Return the product with the inverse, by the formula."""
-        systems = self.systems
-        # From the rows themselves: what rounding has made of K does not remain.
-        better = each_gram(lambda b, system, v: v + system.solve(system.residual(b, v)))
         weights = each_gram(lambda v, system: system.weights * v)
-        is_system = lambda node: isinstance(node, Ridge)
+        # From the rows themselves: what rounding has made of K does not remain.
+        better = each_gram(lambda b, system, v: system.better(b, v))
         nothing = lambda system: jnp.zeros_like(system.shift)
-        rest, solution = vector, jax.tree.map(nothing, systems, is_leaf=is_system)
+        is_system = lambda node: isinstance(node, Ridge)
+        rest, solution = vector, jax.tree.map(nothing, self.systems, is_leaf=is_system)
         for _ in range(_SOLUTIONS):
-            solution = better(self.products(rest), systems, solution)
-            rest = self.less_rows(vector, weights(solution, systems))
+            solution = better(self.products(rest), self.systems, solution)
+            rest = self.less_rows(vector, weights(solution, self.systems))
         return jax.tree.map(lambda leaf: leaf / self.damping, rest)
 
     def residual(self, vector: Any, product: Any) -> Any:
@@ -199,24 +193,21 @@ class _Fisher(NamedTuple):
         rest = jax.tree.map(lambda x, y: x - self.damping * y, vector, product)
         return self.less_rows(rest, weights(self.products(product)))
 
-    def size(self, vector: Any) -> jax.Array:
-        """Return the sum of all magnitudes, which hardly ever over- or underflows."""
-        sums = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(vector)]
-        return self.space.layout.sum(sum(sums, jnp.zeros_like(self.damping)))
+    def refined(self, vector: Any) -> Any:
+        """Return the product with the inverse, and with what each product leaves."""
 
+        def improve(_: jax.Array, best: tuple[Any, Any, jax.Array]) -> Any:
+            product, rest, size = best
+            product = jax.tree.map(jnp.add, product, self.solved(rest))
+            rest = self.residual(vector, product)
+            # A sum of magnitudes hardly ever over- or underflows.
+            sums = [jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(rest)]
+            total = self.space.layout.sum(sum(sums, jnp.zeros_like(self.damping)))
+            # True for NaN, which is to be seen.
+            better = ~(total >= size)
+            new = product, rest, total
+            return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best)
 
-def _refined(fisher: _Fisher, vector: Any) -> Any:
-    """Return the product with the inverse, and with what each product leaves over."""
-
-    def improve(_: jax.Array, best: tuple[Any, Any, jax.Array]) -> Any:
-        product, rest, size = best
-        product = jax.tree.map(jnp.add, product, fisher.solved(rest))
-        rest = fisher.residual(vector, product)
-        new = product, rest, fisher.size(rest)
-        # True for NaN, which is to be seen.
-        better = ~(new[2] >= size)
-        return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best)
-
-    zeros = jax.tree.map(jnp.zeros_like, vector)
-    start = zeros, vector, jnp.full_like(fisher.damping, jnp.inf)
-    return lax.fori_loop(0, _PRODUCTS, improve, start)[0]
+        zeros = jax.tree.map(jnp.zeros_like, vector)
+        start = zeros, vector, jnp.full_like(self.damping, jnp.inf)
+        return lax.fori_loop(0, _PRODUCTS, improve, start)[0]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from efcp_jax.reports.find import own_states
+from efcp_jax.reports import own_states
 
 
 class MemoryReport(NamedTuple):

@@ -8,11 +8,11 @@ import numpy as np
 import oracles
 import pytest
 
-from efcp_jax.preconditioners import pivoted, system as systems
+from efcp_jax.preconditioners import cholesky, system as systems
 
 
 EPS = float(np.finfo(np.float32).eps)
-factorise = jax.jit(pivoted.factorise)
+factorise = jax.jit(cholesky.pivoted)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import pytest
 import sharding_cases
 
 import efcp_jax
-from efcp_jax.reports.compare import ratio_quartiles
+from efcp_jax.reports.monitor import ratio_quartiles
 
 
 FIGURES = tuple(name for name in efcp_jax.MonitorState._fields if name != "inner_state")
