@@ -129,6 +129,16 @@ def floating_dtype(
     return dtype
 
 
+def transformation(tx: Any) -> Any:
+    """Return `tx`, or raise if it is not a gradient transformation."""
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            f"`tx` must be a gradient transformation, got {tx!r}. Pass what a function"
+            " such as `efcp_jax.mfac(0.1)` returns."
+        )
+    return tx
+
+
 def _reject_tracer(name: str, value: Any) -> None:
     if isinstance(value, jax.Array | Tracer):
         raise TypeError(

@@ -31,14 +31,7 @@ from efcp_jax.numerics import root
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalMetric:
-    """Configuration of a diagonal metric; made by `diagonal_metric`.
-
-    Attributes:
-        decay: Decay of the moments.
-        floor: What is added to the diagonal, whose mean is about one.
-        factored: Whether the moments of matrices are kept as row and column means.
-        dtype: Dtype of the moments; None for the working dtype.
-    """
+    """Configuration of a diagonal metric: the arguments of `diagonal_metric`."""
 
     decay: float = 0.95
     floor: float = 0.1
@@ -66,7 +59,7 @@ class DiagonalMetric:
         seen: jax.Array,
         guarded: bool,
     ) -> Measured:
-        """Return the metric of the moments up to this gradient; see `Metric`."""
+        """Return the metric of the moments up to this gradient."""
         values, old = layout.wide(tree), layout.treedef.flatten_up_to(state.moments)
         groups = groups_of(layout, self.factored)
         sums = [sums_of(group, group.of(values)) for group in groups]
@@ -106,23 +99,18 @@ def _scale(mean: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
 def _inverse_roots(group: Group, held: Any) -> list[jax.Array]:
     """Return $D^{-1/2}$ of the leaves of a group."""
     made_of, inverse, shift = held
+    # Far above all numbers that occur, so that no product overflows.
+    limit = float(jnp.finfo(shift.dtype).max) ** 0.25
+    near = lambda x: jnp.minimum(x * inverse, limit)
     if group.factored:
-        rows, cols = map(jnp.unstack, made_of)
-        near = (_near(col * inverse) for col in cols)
-        axes = range(rows[0].ndim)
+        pairs = zip(*map(jnp.unstack, made_of), strict=True)
         diagonals = [
-            row[..., None] * jnp.expand_dims(col, axes)
-            for row, col in zip(rows, near, strict=True)
+            row[..., None] * near(col[(None,) * row.ndim]) for row, col in pairs
         ]
     else:
         wide = (x.astype(shift.dtype) for x in group.split(made_of))
-        diagonals = [_near(root(x) * inverse) for x in wide]
+        diagonals = [near(root(x)) for x in wide]
     return [lax.rsqrt(diagonal + shift) for diagonal in diagonals]
-
-
-def _near(x: jax.Array) -> jax.Array:
-    # Far above all numbers that occur, so that no product overflows.
-    return jnp.minimum(x, float(jnp.finfo(x.dtype).max) ** 0.25)
 
 
 def diagonal_metric(

@@ -24,12 +24,7 @@ _LARGE = 65_536
 
 
 class Factored(NamedTuple):
-    """Means of second moments of a leaf `(..., n)`.
-
-    Attributes:
-        rows: Over the last axis, shape `(...)`.
-        cols: Over all other axes, shape `(n,)`.
-    """
+    """Means of second moments of a leaf over its last axis, and over all others."""
 
     rows: jax.Array
     cols: jax.Array
@@ -49,17 +44,17 @@ class MetricState(NamedTuple):
     moments: Any
 
 
+def _sides(leaf: Leaf) -> tuple[int, int]:
+    """Return rows and columns of the whole leaf; padding adds nothing to a sum."""
+    return math.prod(leaf.whole[:-1]), leaf.whole[-1]
+
+
 def factors(leaf: Leaf, factored: bool) -> bool:
     """Return whether the moments of `leaf` are factored: if that makes them smaller."""
     if not factored or len(leaf.whole) < 2:
         return False
     rows, cols = _sides(leaf)
     return rows + cols < rows * cols
-
-
-def _sides(leaf: Leaf) -> tuple[int, int]:
-    """Return rows and columns of the whole leaf; padding adds nothing to a sum."""
-    return math.prod(leaf.whole[:-1]), leaf.whole[-1]
 
 
 def of_axes(
@@ -74,10 +69,7 @@ def of_axes(
 class Group(NamedTuple):
     """Leaves that are alike: what is done with them is done at once, in fewer kernels.
 
-    Attributes:
-        leaf: Any of them.
-        indices: Which they are.
-        factored: Whether their moments are.
+    `leaf` is any of them, and `factored` whether their moments are.
     """
 
     leaf: Leaf
@@ -89,10 +81,7 @@ class Group(NamedTuple):
         return [values[i] for i in self.indices]
 
     def stack(self, values: list[jax.Array]) -> jax.Array:
-        """Return `values`, one for each leaf, as one array; what is alone as it is.
-
-        That may be as large as the model, and keeps its shape.
-        """
+        """Return `values` as one array; what is alone, and may be large, as it is."""
         return jnp.stack(values) if len(values) > 1 else values[0]
 
     def split(self, array: jax.Array) -> list[jax.Array]:
@@ -120,10 +109,10 @@ def in_order(groups: list[Group], values: Iterable[list[Any]]) -> list[Any]:
 
 
 def sums_of(group: Group, values: list[jax.Array]) -> list[jax.Array]:
-    """Return what these gradients add to the moments; NaN if it is not finite.
+    """Return what these g gradients add to the moments; NaN if it is not finite.
 
-    This device's share of the means of squares over the last axis, `(g, ...)`, and over
-    all others, `(g, n)`. Of leaves not factored the squares, stacked.
+    The squares, stacked; of factored leaves this device's share of their means over the
+    last axis, `(g, ...)`, and over all others, `(g, n)`.
     """
     if not group.factored:
         return [_squares(group.stack(values))]
@@ -139,12 +128,9 @@ def sums_of(group: Group, values: list[jax.Array]) -> list[jax.Array]:
 class Observed(NamedTuple):
     """The moments of a group, and what is needed of them at once.
 
-    Attributes:
-        moments: For each leaf an array or a `Factored`, as they are kept.
-        made_of: Roots of their factors, rows next to their mean `(g, ...)` and columns
-            `(g, n)`; of leaves not factored the moments, stacked.
-        total: This device's share of the sum of the moments of these leaves, where all
-            devices together count each once, over the number of parameters.
+    These are roots of their factors, rows next to their mean `(g, ...)` and columns
+    `(g, n)`, or the moments, stacked; and their share of the mean over all parameters,
+    where all devices together count each once.
     """
 
     moments: list[Any]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from efcp_jax import _validate
 from efcp_jax.reports import own_states
 
 
@@ -72,12 +73,7 @@ def memory_report(
         >>> print(f"{report.dense_window / report.total:.0f} times less")
         60 times less
     """
-    if not callable(getattr(tx, "init", None)):
-        raise TypeError(
-            f"`tx` must be a gradient transformation, got {tx!r}. Pass what a function"
-            " such as `efcp_jax.mfac(0.1)` returns."
-        )
-    state = jax.eval_shape(tx.init, params)
+    state = jax.eval_shape(_validate.transformation(tx).init, params)
     fields: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         # The names of state fields, without the keys of the parameter tree below them.

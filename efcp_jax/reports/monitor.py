@@ -99,13 +99,8 @@ def monitor(
         A parameter that has the name of a figure, next to an optimizer that keeps trees
         of parameters, makes `optax.tree.get` find both; `state.angle` finds one.
     """
-    if not callable(getattr(tx, "init", None)):
-        raise TypeError(
-            f"`tx` must be a gradient transformation, got {tx!r}. Pass what a function"
-            " such as `efcp_jax.mfac(0.1)` returns."
-        )
     every = _validate.positive_int("every", every)
-    inner = optax.with_extra_args_support(tx)
+    inner = optax.with_extra_args_support(_validate.transformation(tx))
 
     def init_fn(params):
         dtype = working_dtype(params)

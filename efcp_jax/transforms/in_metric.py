@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efcp_jax import _validate_trees
+from efcp_jax import _validate, _validate_trees
 from efcp_jax.devices import placement
 from efcp_jax.devices.trees import strip_boxes
 from efcp_jax.metrics import Measured, Metric, MetricState
@@ -65,14 +65,10 @@ def in_metric(
         Memory and time are those of the metric. The transformations of this package
         take `metric` as an argument, which makes the same step in fewer passes.
     """
-    if not callable(getattr(tx, "update", None)):
-        raise TypeError(
-            f"`tx` must be a gradient transformation, got {tx!r}. Pass what a function"
-            " such as `optax.contrib.muon(0.02)` returns."
-        )
-    metric, tx = required(metric), optax.with_extra_args_support(tx)
+    tx = optax.with_extra_args_support(_validate.transformation(tx))
+    metric = required(metric)
 
-    def measure(tree: chex.ArrayTree, state, seen):
+    def measure(tree: chex.ArrayTree, state, seen) -> Measured:
         layout = placement.layout(tree, working_dtype(tree), None)
         held = metric.init(layout) if state is None else state
         return metric.measure(layout, tree, held, seen, True)
