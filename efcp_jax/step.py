@@ -23,7 +23,7 @@ from efcp_jax.compressors import (
     scoped,
 )
 from efcp_jax.feedback import Feedback, Taken
-from efcp_jax.metrics.base import optional
+from efcp_jax.metrics import optional
 from efcp_jax.preconditioners import gram as grams
 from efcp_jax.protocol import Step, transformation
 from efcp_jax.window import Window

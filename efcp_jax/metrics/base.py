@@ -8,7 +8,7 @@ update $u'$: it is the plain step on the parameters $\theta' = D^{1/2} \theta$.
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,60 +54,19 @@ class Measured(NamedTuple):
         return self.layout.treedef.unflatten(leaf * root for leaf, root in pairs)
 
 
-@runtime_checkable
-class Metric(Protocol):
-    """Immutable configuration of a metric; by itself it keeps nothing."""
-
-    def init(self, layout: Layout) -> Any:
-        """Return what is known before the first gradient."""
-
-    def specs(self, layout: Layout) -> Any:
-        """Return the `PartitionSpec` of each array that `init` returns."""
-
-    def measure(
-        self,
-        layout: Layout,
-        tree: chex.ArrayTree,
-        state: Any,
-        seen: jax.Array,
-        guarded: bool,
-    ) -> Measured:
-        """Return the metric of the gradient `tree`, given what is known from others.
-
-        There are `seen` of those; if `guarded`, one that is not finite teaches nothing.
-        """
-        ...
-
-
-def optional(metric: Any) -> Metric | None:
-    """Return `metric`, which may be None, or raise if it is something else."""
-    return None if metric is None else required(metric)
-
-
-def required(metric: Any) -> Metric:
-    """Return `metric`, or raise if it is none."""
-    if not isinstance(metric, Metric):
-        raise TypeError(
-            f"`metric` must be a metric, got {metric!r}. Pass"
-            " `efcp_jax.diagonal_metric()`."
-        )
-    return metric
-
-
 @dataclasses.dataclass(frozen=True)
-class FixedMetric(Metric):
+class FixedMetric:
     """Configuration of a fixed metric, made by `fixed_metric`: numbers for branches."""
 
     diagonal: Prefix
 
-    def measure(
-        self,
-        layout: Layout,
-        tree: chex.ArrayTree,
-        state: None,
-        seen: jax.Array,
-        guarded: bool,
-    ) -> Measured:
+    def init(self, layout: Layout) -> None:
+        """Return nothing: there is nothing to learn."""
+
+    def specs(self, layout: Layout) -> None:
+        """Return nothing."""
+
+    def measure(self, layout: Layout, tree: chex.ArrayTree, *_: Any) -> Measured:
         """Return the numbers given for the leaves."""
         given = broadcast(
             self.diagonal,

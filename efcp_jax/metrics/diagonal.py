@@ -1,7 +1,6 @@
 """The metric of Adam and RMSprop: roots of running second moments of the gradient."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -15,17 +14,9 @@ import numpy as np
 from efcp_jax import _validate, passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.routines import together
+from efcp_jax.metrics import moments
 from efcp_jax.metrics.base import Measured
-from efcp_jax.metrics.moments import (
-    Group,
-    MetricState,
-    Observed,
-    groups_of,
-    in_order,
-    observe,
-    of_axes,
-    sums_of,
-)
+from efcp_jax.metrics.moments import MetricState
 from efcp_jax.numerics import root
 
 
@@ -40,16 +31,16 @@ class DiagonalMetric:
 
     def init(self, layout: Layout) -> MetricState:
         """Return moments of zero."""
-        make = functools.partial(jnp.zeros, dtype=self.dtype or layout.dtype)
-        each = (of_axes(x, self.factored, x.shape, make) for x in layout.leaves)
-        return MetricState(jnp.zeros((), layout.dtype), layout.treedef.unflatten(each))
+        make = lambda shape: jnp.zeros(shape, self.dtype or layout.dtype)
+        each = moments.of_leaves(layout, self.factored, lambda x: x.shape, make)
+        return MetricState(jnp.zeros((), layout.dtype), each)
 
     def specs(self, layout: Layout) -> MetricState:
         """Return that moments are divided as the leaves are."""
         make = lambda axes: PartitionSpec(*(names or None for names in axes))
-        each = (of_axes(x, self.factored, x.partition, make) for x in layout.leaves)
-        mean: jax.Array = PartitionSpec()  # pyright: ignore[reportAssignmentType]
-        return MetricState(mean, layout.treedef.unflatten(each))
+        each = moments.of_leaves(layout, self.factored, lambda x: x.partition, make)
+        mean: Any = PartitionSpec()
+        return MetricState(mean, each)
 
     def measure(
         self,
@@ -59,10 +50,14 @@ class DiagonalMetric:
         seen: jax.Array,
         guarded: bool,
     ) -> Measured:
-        """Return the metric of the moments up to this gradient."""
+        """Return the metric of the moments up to the gradient `tree`.
+
+        It is that behind `seen` others, and one that is not finite teaches nothing if
+        `guarded`.
+        """
         values, old = layout.wide(tree), layout.treedef.flatten_up_to(state.moments)
-        groups = groups_of(layout, self.factored)
-        sums = [sums_of(group, group.of(values)) for group in groups]
+        groups = moments.groups_of(layout, self.factored)
+        sums = [moments.sums_of(group, group.of(values)) for group in groups]
         finite = passes.all_finite(jax.tree.leaves(sums))
         # The mean of all gradients so far at first, later one that forgets.
         count = seen.astype(layout.dtype) + 1
@@ -70,20 +65,19 @@ class DiagonalMetric:
         weight = (1 - self.decay) / -jnp.expm1(count * log)
         weight = jnp.where(finite, weight, 0) if guarded else weight
         weight = weight.astype(layout.dtype)
-        observed: list[Observed] = together(
-            observe(group, layout, new, group.of(old), weight)
+        observed: list[moments.Observed] = together(
+            moments.observe(group, layout, new, group.of(old), weight)
             for group, new in zip(groups, sums, strict=True)
         )
         scale = _scale(state.mean, self.floor)
-        shares = (each.total for each in observed)
-        kept = in_order(groups, (each.moments for each in observed))
+        in_order = lambda values: moments.in_order(groups, values)
         return Measured(
             layout=layout,
-            roots=lambda held: in_order(groups, map(_inverse_roots, groups, held)),
+            roots=lambda held: in_order(map(_inverse_roots, groups, held)),
             arrays=[(each.made_of, *scale) for each in observed],
             finite=finite,
-            moments=layout.treedef.unflatten(kept),
-            share=functools.reduce(jnp.add, shares, jnp.zeros((), layout.dtype)),
+            moments=layout.treedef.unflatten(in_order(x.moments for x in observed)),
+            share=sum((x.total for x in observed), jnp.zeros((), layout.dtype)),
         )
 
 
@@ -96,7 +90,7 @@ def _scale(mean: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
     return inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor
 
 
-def _inverse_roots(group: Group, held: Any) -> list[jax.Array]:
+def _inverse_roots(group: moments.Group, held: Any) -> list[jax.Array]:
     """Return $D^{-1/2}$ of the leaves of a group."""
     made_of, inverse, shift = held
     # Far above all numbers that occur, so that no product overflows.

@@ -7,6 +7,7 @@ one.
 """
 
 from collections.abc import Callable, Iterable
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -57,13 +58,18 @@ def factors(leaf: Leaf, factored: bool) -> bool:
     return rows + cols < rows * cols
 
 
-def of_axes(
-    leaf: Leaf, factored: bool, axes: tuple[Any, ...], make: Callable[[Any], Any]
+def of_leaves(
+    layout: Layout, factored: bool, axes: Callable[[Leaf], Any], make: Callable
 ) -> Any:
-    """Return the moments of `leaf`, where `make` makes an array of some axes."""
-    if factors(leaf, factored):
-        return Factored(make(axes[:-1]), make(axes[-1:]))
-    return make(axes)
+    """Return a tree of moments; `make` makes an array of some `axes` of a leaf."""
+
+    def one(leaf: Leaf) -> Any:
+        given = axes(leaf)
+        if factors(leaf, factored):
+            return Factored(make(given[:-1]), make(given[-1:]))
+        return make(given)
+
+    return layout.treedef.unflatten(map(one, layout.leaves))
 
 
 class Group(NamedTuple):
@@ -102,9 +108,8 @@ def groups_of(layout: Layout, factored: bool) -> list[Group]:
 
 def in_order(groups: list[Group], values: Iterable[list[Any]]) -> list[Any]:
     """Return what each group has for its leaves, in the order of all leaves."""
-    found: dict[int, Any] = {}
-    for group, each in zip(groups, values, strict=True):
-        found |= zip(group.indices, each, strict=True)
+    indices = itertools.chain.from_iterable(group.indices for group in groups)
+    found = dict(zip(indices, itertools.chain.from_iterable(values), strict=True))
     return [found[index] for index in range(len(found))]
 
 
@@ -174,9 +179,7 @@ def observe(
 def _squares(value: jax.Array) -> jax.Array:
     # They overflow for entries above 1e19, and vanish for those below 1e-19.
     limit = float(jnp.finfo(value.dtype).max) / 4
-    squares = jnp.square(value.real)
-    if jnp.issubdtype(value.dtype, jnp.complexfloating):
-        squares = squares + jnp.square(value.imag)
+    squares = (value * value.conj()).real
     return jnp.where(jnp.isfinite(value), jnp.minimum(squares, limit), jnp.nan)
 
 

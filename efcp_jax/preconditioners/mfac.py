@@ -159,13 +159,9 @@ class Ridge(NamedTuple):
 
 def ridge(gram: jax.Array, scale: jax.Array, shift: jax.Array) -> Ridge:
     """Return the system, by an eigendecomposition."""
+    system, inverse = _system(gram, scale, shift, jnp.ones_like(shift))
+    values, vectors = jnp.linalg.eigh(system.rows(0, system.size))
+    values = jnp.maximum(values, _NOISE * system.size * jnp.finfo(gram.dtype).eps)
     # In two steps, since a squared norm may overflow.
-    lengths = jnp.hypot(scale * jnp.sqrt(jnp.diagonal(gram)), jnp.sqrt(shift))
-    inverse = 1 / lengths
-    weights = scale * inverse
     share = (jnp.sqrt(shift) * inverse) ** 2
-    matrix = weights[:, None] * gram * weights[None]
-    diagonal = jnp.eye(len(scale), dtype=bool)
-    values, vectors = jnp.linalg.eigh(jnp.where(diagonal, 1, matrix))
-    noise = _NOISE * len(scale) * jnp.finfo(gram.dtype).eps
-    return Ridge(weights, share, jnp.maximum(values, noise), vectors)
+    return Ridge(system.weights, share, values, vectors)

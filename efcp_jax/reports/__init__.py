@@ -7,11 +7,7 @@ from typing import Any
 
 import jax
 
-from efcp_jax.transforms import (
-    ErrorFeedbackState,
-    ScaleByGgtState,
-    ScaleByMfacState,
-)
+from efcp_jax.transforms import ErrorFeedbackState, ScaleByGgtState, ScaleByMfacState
 
 
 OWN = (ErrorFeedbackState, ScaleByMfacState, ScaleByGgtState)

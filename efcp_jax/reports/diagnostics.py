@@ -81,12 +81,9 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     )
     result["row_norm"] = window.scale[newest] * jnp.sqrt(squared)
     if inner.error is not None:
-        # Divided by the larger of the two, so that no square overflows.
-        both = jnp.stack([result["error_norm"], result["row_norm"]])
-        largest = jnp.max(both)
-        error, row = (both / jnp.where(largest > 0, largest, 1)) ** 2
-        total = jnp.where(largest > 0, error + row, 1)
-        result["error_ratio"] = error / total
+        both = jnp.hypot(result["error_norm"], result["row_norm"])
+        share = result["error_norm"] / jnp.where(both > 0, both, 1)
+        result["error_ratio"] = share**2
     result["window_fill"] = window.filled.astype(jnp.float32) / size
 
     def spectrum(gram: jax.Array) -> jax.Array:
@@ -144,10 +141,7 @@ def direction(tree: chex.ArrayTree, dtype: Any) -> tuple[jax.Array, list[jax.Arr
         leaves.append(leaf.astype(wide))
     zero = jnp.zeros((), dtype)
     peak = jnp.max(jnp.stack([zero, *(jnp.max(jnp.abs(x), initial=0) for x in leaves)]))
-    leaves = _over(leaves, peak)
+    over = lambda leaves, by: [x / jnp.where(by > 0, by, 1) for x in leaves]
+    leaves = over(leaves, peak)
     length = jnp.sqrt(sum((jnp.sum(jnp.abs(x) ** 2) for x in leaves), zero))
-    return peak * length, _over(leaves, length)
-
-
-def _over(leaves: list[jax.Array], length: jax.Array) -> list[jax.Array]:
-    return [leaf / jnp.where(length > 0, length, 1) for leaf in leaves]
+    return peak * length, over(leaves, length)

@@ -1,10 +1,10 @@
 """How many bytes an optimizer's state takes, without allocating any."""
 
+import math
 from typing import Any, NamedTuple
 
 import chex
 import jax
-import numpy as np
 import optax
 
 from efcp_jax import _validate
@@ -87,7 +87,7 @@ def memory_report(
         fields[name] = fields.get(name, 0) + _bytes(leaf)
     windows = [own.window for own in own_states(state) if hasattr(own, "window")]
     adam = jax.eval_shape(optax.adam(1).init, params)
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     total = sum(fields.values())
     return MemoryReport(
         fields=fields,
@@ -100,4 +100,4 @@ def memory_report(
 
 
 def _bytes(leaf: Any) -> int:
-    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

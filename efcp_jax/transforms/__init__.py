@@ -4,10 +4,7 @@ from efcp_jax.transforms.error_feedback import (
     ErrorFeedbackState as ErrorFeedbackState,
     error_feedback as error_feedback,
 )
-from efcp_jax.transforms.in_metric import (
-    InMetricState as InMetricState,
-    in_metric as in_metric,
-)
+from efcp_jax.transforms.in_metric import in_metric as in_metric
 from efcp_jax.transforms.scale_by_ggt import (
     ScaleByGgtState as ScaleByGgtState,
     scale_by_ggt as scale_by_ggt,

@@ -83,13 +83,10 @@ def _step(
 ) -> tuple[Any, ErrorFeedbackState]:
     del values
     new = feedback.take(space, updates, state)
-    accept, share = jnp.asarray(True), new.share
-    if feedback.skip_nonfinite:
-        fault = jnp.where(new.finite, 0, 1).astype(space.layout.dtype)
-        faults, share = space.layout.sum((fault, share))
-        accept = faults == 0
-    else:
-        share = space.layout.sum(share)
+    fault = jnp.where(new.finite, 0, 1).astype(space.layout.dtype)
+    fault = fault if feedback.skip_nonfinite else None
+    faults, share = space.layout.sum((fault, new.share))
+    accept = jnp.asarray(True) if faults is None else faults == 0
 
     def update(scale: jax.Array) -> Any:
         scaled = lambda c: jnp.where(accept, c * scale, 0)

@@ -10,8 +10,7 @@ import optax
 from efcp_jax import _validate, _validate_trees
 from efcp_jax.devices import placement
 from efcp_jax.devices.trees import strip_boxes
-from efcp_jax.metrics import Measured, Metric, MetricState
-from efcp_jax.metrics.base import required
+from efcp_jax.metrics import Measured, Metric, MetricState, required
 from efcp_jax.numerics import cast
 from efcp_jax.protocol import working_dtype
 

@@ -92,8 +92,8 @@ def scale_by_ggt(
     eps = _validate.number("eps", not_vanished(eps))
     b1, b2 = _validate.number("b1", b1), _validate.number("b2", b2)
     nesterov = _validate.boolean("nesterov", nesterov)
-    concrete = not any(isinstance(each, Tracer) for each in (b1, b2))
-    if concrete and not callable(b1) and not callable(b2) and b1 > b2:
+    unknown = any(callable(each) or isinstance(each, Tracer) for each in (b1, b2))
+    if not unknown and b1 > b2:
         raise ValueError(
             f"`b1` must be at most `b2`, got b1={b1} and b2={b2}: the first moment"
             " would reach further back than the rows it is taken over. Lower `b1` or"
