@@ -23,7 +23,7 @@ from efcp_jax.compressors import (
     scoped,
 )
 from efcp_jax.feedback import Feedback, Taken
-from efcp_jax.metrics import optional
+from efcp_jax.metrics import required
 from efcp_jax.preconditioners import gram as grams
 from efcp_jax.protocol import Step, transformation
 from efcp_jax.window import Window
@@ -53,7 +53,7 @@ def checked(
     block_diagonal = _validate.boolean("block_diagonal", block_diagonal)
     return Feedback(
         compressor=scoped(compressor, block_diagonal),
-        metric=optional(metric),
+        metric=None if metric is None else required(metric),
         error=_validate.boolean("error_feedback", error_feedback),
         error_dtype=_validate.floating_dtype("error_dtype", error_dtype, ("int8",)),
         skip_nonfinite=_validate.boolean("skip_nonfinite", skip_nonfinite),

@@ -26,8 +26,3 @@ def required(metric: Any) -> Metric:
             " `efcp_jax.diagonal_metric()`."
         )
     return metric
-
-
-def optional(metric: Any) -> Metric | None:
-    """Return `metric`, which may be None, or raise if it is something else."""
-    return None if metric is None else required(metric)

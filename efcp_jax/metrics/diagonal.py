@@ -69,25 +69,20 @@ class DiagonalMetric:
             moments.observe(group, layout, new, group.of(old), weight)
             for group, new in zip(groups, sums, strict=True)
         )
-        scale = _scale(state.mean, self.floor)
+        tiny = jnp.finfo(layout.dtype).tiny
+        known, mean = state.mean >= tiny, jnp.maximum(state.mean, tiny)
+        inverse = jnp.where(known, 1 / jnp.sqrt(mean), 0)
+        # Flat while nothing is known.
+        shift = jnp.where(known, 0, 1).astype(layout.dtype) + self.floor
         in_order = lambda values: moments.in_order(groups, values)
         return Measured(
             layout=layout,
             roots=lambda held: in_order(map(_inverse_roots, groups, held)),
-            arrays=[(each.made_of, *scale) for each in observed],
+            arrays=[(each.made_of, inverse, shift) for each in observed],
             finite=finite,
             moments=layout.treedef.unflatten(in_order(x.moments for x in observed)),
             share=sum((x.total for x in observed), jnp.zeros((), layout.dtype)),
         )
-
-
-def _scale(mean: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
-    """Return what a root of a moment is multiplied by, and what is added to it."""
-    tiny = jnp.finfo(mean.dtype).tiny
-    known = mean >= tiny
-    inverse = jnp.where(known, 1 / jnp.sqrt(jnp.maximum(mean, tiny)), 0)
-    # Flat while nothing is known.
-    return inverse, jnp.where(known, 0, 1).astype(mean.dtype) + floor
 
 
 def _inverse_roots(group: moments.Group, held: Any) -> list[jax.Array]:
@@ -120,10 +115,9 @@ def diagonal_metric(
     squared gradient and $\mathrm{rms}$ the root of the mean of $v$ over all parameters.
 
     A transformation in the metric gets $D^{-1/2} g$ for a gradient $g$, and of its
-    update $u'$ returns $D^{-1/2} u'$. A full-matrix preconditioner then corrects Adam's
-    metric in place of the Euclidean one; compression keeps the entries that are large
-    in it. As $D$ has a mean of about one and does not depend on the scale of the
-    gradient, learning rates, `eps` and `damping` keep their units and sizes.
+    update $u'$ returns $D^{-1/2} u'$: a full-matrix preconditioner corrects Adam's
+    metric, and compression keeps what is large in it. As $D$ has a mean of about one,
+    whatever the scale of the gradient, learning rates, `eps` and `damping` keep theirs.
 
     Args:
         decay: Decay of $v$, in [0, 1). The mean is over all gradients at first, so
@@ -163,12 +157,11 @@ def diagonal_metric(
     Notes:
         Memory: a number a row and a column of every matrix and one for every entry of a
         vector; 4 bytes a parameter if not factored. Time: two sums over the gradient.
-        Over several devices the moments are divided as the parameters are, and whole on
-        each device where those are replicated. $\mathrm{rms}$ is that of the step
-        before, so that its mean travels in the one collective of a step; in the first
-        step $D = 1 + \mathrm{floor}$. Sums over sharded matrices take a collective of a
-        number a row or column in front. Moments saturate for entries above 1e19 and
-        vanish below 1e-19 (in float32): there the metric is flat.
+        Over several devices the moments are divided as the parameters are, and sums
+        over sharded matrices take a collective of a number a row or column.
+        $\mathrm{rms}$ is that of the step before, so that its mean travels in the one
+        collective of a step; in the first $D = 1 + \mathrm{floor}$. In float32, moments
+        saturate for entries above 1e19 and vanish below 1e-19: there $D$ is flat.
     """
     return DiagonalMetric(
         decay=_validate.number_now("decay", decay),

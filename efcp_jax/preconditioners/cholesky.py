@@ -7,9 +7,7 @@ L = \begin{pmatrix} F & \\ B F^{-T} & \mathrm{chol}(C - B F^{-T} F^{-1} B^T)
 and the same again for both diagonal blocks. Nearly all work becomes matrix products,
 which XLA runs on all cores of a CPU and on matrix units, where its Cholesky
 factorisation and its triangular solution for one vector run on one core and copy the
-whole matrix first. The rounding errors are those of an unblocked factorisation.
-
-With pivots,
+whole matrix first. With pivots,
 
 $$A \approx L L^T, \qquad
 l_k = \frac{S_{p_k}}{\sqrt{S_{p_k p_k}}}, \quad S \leftarrow S - l_k l_k^T,$$
@@ -32,9 +30,11 @@ from efcp_jax.numerics import by_rows, dot, dot_by_rows
 
 # Smaller blocks are not worth their calls.
 UNBLOCKED = 128
-
 # Up to this size a factorisation is left to the library, which GPUs run as one kernel.
 _WHOLE = 512
+# Squared distances below this many rounding errors of the matrix are rounding errors
+# themselves.
+_NOISE = 10.0
 
 
 class Blocked(NamedTuple):
@@ -71,6 +71,13 @@ def pivots(factor: Factor) -> jax.Array:
     if not isinstance(factor, Blocked):
         return jnp.diagonal(factor)
     return jnp.concatenate([pivots(factor.first), pivots(factor.second)])
+
+
+def is_sound(factor: Factor) -> jax.Array:
+    """Return whether no row depends on others to within rounding."""
+    # Squared pivots are the squared distances of each row from those before it.
+    squares = pivots(factor) ** 2
+    return jnp.all(squares > _NOISE * jnp.finfo(squares.dtype).eps)  # False for NaN
 
 
 def solve(factor: Factor, rhs: jax.Array) -> jax.Array:
@@ -114,33 +121,22 @@ def solve_right(factor: Factor, rhs: jax.Array) -> jax.Array:
     return jnp.concatenate([first, solve_right(factor.second, rest)], axis=1)
 
 
-class Pivoted(NamedTuple):
-    """$L^T$ and $p$, both of m rows: 0, and m, behind the rank."""
-
-    factor: jax.Array
-    order: jax.Array
-
-
 def pivoted(
     matrix: jax.Array, squares: jax.Array, noise: jax.typing.ArrayLike
-) -> Pivoted:
-    r"""Return the factor of a positive semidefinite matrix with pivots.
+) -> tuple[jax.Array, jax.Array]:
+    r"""Return $L^T$ and $p$ of a positive semidefinite matrix; 0 and m behind its rank.
 
     `squares` are logarithms of weights $\rho^2$: the pivot is the row with the largest
     $\rho_i^2 S_{ii}$, so that $\rho_i |L_{ik}|$ is largest at it. Rows with $S_{ii}$ of
-    at most `noise` are left out. $|A - L L^T|$ is about `noise` plus m rounding errors
-    of the diagonal, entry by entry.
-
-    m rounds of 2 m^2 operations, whatever the rank: a loop that ends early would ask
-    the host every round on GPUs.
+    at most `noise` are left out; that and m rounding errors of the diagonal bound
+    $|A - L L^T|$. There are m rounds whatever the rank: a loop that ends early would
+    ask the host every round on GPUs.
     """
     size = len(matrix)
     index = jnp.arange(size, dtype=jnp.int32)
 
-    def round_(
-        k: jax.Array, carry: tuple[jax.Array, jax.Array, Pivoted]
-    ) -> tuple[jax.Array, jax.Array, Pivoted]:
-        schur, left, made = carry
+    def round_(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        schur, left, factor, order = carry
         # What is left of a row only falls, so one left out stays out.
         open_ = left > noise
         score = jnp.where(open_, jnp.log(jnp.where(open_, left, 1)) + squares, -jnp.inf)
@@ -150,23 +146,20 @@ def pivoted(
         column = jnp.where(found & open_, schur[pivot] / root, 0)
         schur = schur - column[:, None] * column[None]
         left = jnp.where(index == pivot, -1, left - column**2)
-        factor = lax.dynamic_update_slice_in_dim(made.factor, column[None], k, axis=0)
-        order = jnp.where(index == k, jnp.where(found, pivot, size), made.order)
-        return schur, left, Pivoted(factor, order)
+        factor = lax.dynamic_update_slice_in_dim(factor, column[None], k, axis=0)
+        order = jnp.where(index == k, jnp.where(found, pivot, size), order)
+        return schur, left, factor, order
 
-    empty = Pivoted(jnp.zeros_like(matrix), jnp.full_like(index, size))
-    start = varying.like(matrix, (matrix, jnp.diagonal(matrix), empty))
-    return lax.fori_loop(0, size, round_, start)[2]
+    empty = jnp.zeros_like(matrix), jnp.full_like(index, size)
+    start = varying.like(matrix, (matrix, jnp.diagonal(matrix), *empty))
+    _, _, factor, order = lax.fori_loop(0, size, round_, start)
+    return factor, order
 
 
 def solve_in_basis(
-    matrix: jax.Array,
-    inverse: jax.Array,
-    rhs: jax.Array,
-    unit: jax.Array,
-    noise: jax.typing.ArrayLike,
+    matrix: jax.Array, inverse: jax.Array, rhs: jax.Array, unit: jax.Array
 ) -> jax.Array:
-    r"""Solve $D A D x = D b / \mu$ where rows depend on each other to within `noise`.
+    r"""Solve $D A D x = D b / \mu$ where rows depend on each other but for rounding.
 
     With a basis $B$ of the rows of $A = G G^T$, and $T$ all rows by it, $G = T G_B$,
     the limit of $(\delta I + A)^{-1} b$ on the range of $A$ is, to within its null
@@ -174,20 +167,22 @@ def solve_in_basis(
 
     $$w_B = A_{BB}^{-1} (T^T T)^{-1} T^T b, \qquad T^T T = I + T_Q^T T_Q,$$
 
-    and 0 for the other rows $Q$. $D A D$ has a diagonal of ones, and that of $D$ any
-    range. The relative error is that of a Cholesky factorisation of the basis, however
-    the norms of the rows differ. About 6 m^3 operations.
+    and 0 for the other rows $Q$. $D A D$ has a diagonal of ones. The relative error is
+    that of a Cholesky factorisation of the basis, however the norms of the rows differ.
     """
     size, index = len(matrix), jnp.arange(len(matrix))
+    # The Frobenius norm is at least the largest eigenvalue, and what rounding leaves of
+    # dependent rows grows with the number of rows.
+    noise = _NOISE * jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
     # By distances in the unit of the gradient, entries of T are about 1 at most: long
     # rows are never made of short ones.
-    made = pivoted(matrix, -2 * jnp.log(inverse), noise)
-    taken = made.order < size
-    chosen = made.order[:, None] == index[None]
-    place = jnp.minimum(made.order, size - 1)
+    factor, order = pivoted(matrix, -2 * jnp.log(inverse), noise)
+    taken = order < size
+    chosen = order[:, None] == index[None]
+    place = jnp.minimum(order, size - 1)
     eye = jnp.eye(size, dtype=matrix.dtype)
-    basis = jnp.where(taken[:, None], made.factor.T[place], eye)
-    others = jnp.where(jnp.any(chosen, axis=0), 0, made.factor)
+    basis = jnp.where(taken[:, None], factor.T[place], eye)
+    others = jnp.where(jnp.any(chosen, axis=0), 0, factor)
     by_basis = by_rows(
         lambda rows: lax.linalg.triangular_solve(basis, rows, lower=True), others.T
     ).T

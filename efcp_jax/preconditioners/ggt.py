@@ -30,17 +30,13 @@ from efcp_jax.preconditioners import cholesky, gram as grams
 # Up to this size, eigenvectors are one kernel on TPUs. Above, they take minutes to
 # compile: 2 at 512 rows.
 _EIGENVECTORS = 256
-
 # With 1.4, singular values in (0.7, 1) stay there and small ones grow by 2.1 a round.
 # With sqrt(3) small ones would grow by 2.6 and large ones fall to nothing.
 _GROWTH = 1.4
-
 # Rounds without it, from 0.7 to 1 to the last digit of a double.
 _LAST = 6
-
 # Singular values are resolved down to this part of the floor.
 _RESOLVED = 1e-2
-
 # Largest over second largest eigenvalue to the power 2^12: the largest is found to
 # ln(m) / 2^12, 2e-3 at worst, by squaring as often.
 _SQUARINGS = 12
@@ -59,13 +55,10 @@ def ggt_coefficients(
     r"""Return $S D ((D S \hat K S D)^{1/2} + \epsilon I)^{-1} D^{-1} b$.
 
     $D = \mathrm{diag}(b_2^{age})$ lets old rows fade and $b$ is the first moment of the
-    stored gradients, see `gram.moment`, so that the update is
-    $((\tilde G^T \tilde G)^{1/2} + \epsilon I)^{-1} G^T b$ with $\tilde G = D G$,
-    exactly. Singular values below the root of the rounding unit (3e-4 in float32) times
-    the largest are taken to be that large, which is what the Gram matrix resolves.
-
-    One symmetric eigendecomposition, about 10 m^3 operations; on TPUs, for more than
-    256 rows, about 120 matrix products instead.
+    stored gradients, so that with $\tilde G = D G$ the update is exactly
+    $((\tilde G^T \tilde G)^{1/2} + \epsilon I)^{-1} G^T b$. Singular values below the
+    root of the rounding unit (3e-4 in float32) times the largest are taken to be that
+    large, which is what the Gram matrix resolves.
     """
     dtype = gram.dtype
     b1, b2, eps = (jnp.asarray(value, dtype) for value in (b1, b2, eps))
@@ -155,15 +148,16 @@ def by_products(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
     """
     size, unit = len(matrix), jnp.finfo(matrix.dtype).eps
     eye = jnp.eye(size, dtype=matrix.dtype)
-    factor = cholesky.pivoted(matrix, jnp.zeros_like(rhs), unit).factor
+    factor, _ = cholesky.pivoted(matrix, jnp.zeros_like(rhs), unit)
     # Above the largest singular value of L, by m^(1/4) at most.
     bound = 1.01 * jnp.sqrt(jnp.linalg.norm(matrix))
     bound = jnp.where(bound > 0, bound, 1)
-    root = _symmetric(dot_by_rows(factor.T, _polar(factor / bound)))
+    symmetric = lambda matrix: (matrix + matrix.T) / 2
+    root = symmetric(dot_by_rows(factor.T, _polar(factor / bound)))
     floor = jnp.sqrt(unit * jnp.maximum(_largest(matrix), 1))
     above = root - floor * eye
-    raised = dot_by_rows(above, _symmetric(_polar(above / (bound + floor))))
-    raised = _symmetric(root + floor * eye + raised) / 2
+    raised = dot_by_rows(above, symmetric(_polar(above / (bound + floor))))
+    raised = symmetric(root + floor * eye + raised) / 2
     return cholesky.solve(cholesky.factorise(raised + eps * eye), rhs)
 
 
@@ -192,7 +186,3 @@ def _largest(matrix: jax.Array) -> jax.Array:
     power = lax.fori_loop(0, _SQUARINGS, square, normed(matrix))
     # Rayleigh's quotient over all columns.
     return jnp.sum(matrix * power) / jnp.maximum(jnp.trace(power), tiny)
-
-
-def _symmetric(matrix: jax.Array) -> jax.Array:
-    return (matrix + matrix.T) / 2

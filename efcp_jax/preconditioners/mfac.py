@@ -16,7 +16,6 @@ from efcp_jax.preconditioners import cholesky, system as systems
 # The largest stored entry is below 2^2, so a sum of m rows with coefficients below the
 # largest number over 2^3 m is finite.
 _HEADROOM = 8.0
-
 # Eigenvalues below so many rounding errors a row are rounding errors.
 _NOISE = 2.0
 
@@ -32,16 +31,13 @@ def mfac_coefficients(
 ) -> tuple[jax.Array, systems.Kept | None]:
     r"""Return $S (\lambda I + S \hat K S / n)^{-1} b$, and what the next step is given.
 
-    $b$ is what of each row is preconditioned, by default the newest, and $n$ the number
-    of rows the Fisher matrix is averaged over. `kept` is what the step before has left,
-    `systems.empty` in front of the first; between two steps no row may change but that
-    at `slot`.
+    $b$ is the `moment`, by default $e_j$, and $n$ the `divisor`. `kept` is what the
+    step before has left; between two steps no row may change but that at `slot`.
 
     The matrix is scaled to unit diagonal, so rows may differ in norm by any factor, and
     factorised by Cholesky. Where a row depends on the others to within rounding, one
-    with pivots follows, which leaves out such rows; what is dropped cannot be told from
-    zero in this precision. The relative error of the coefficients, and that of the
-    update against the lengths of the rows that are combined, grows as the condition
+    with pivots follows, which leaves out what cannot be told from zero. The relative
+    error, of the update against the rows that are combined, grows as the condition
     number of the scaled matrix times the rounding unit.
 
     m^3 / 3 operations; where the remedy is needed, about 6 m^3 more. With `kept`, on
@@ -70,8 +66,7 @@ def _solved(
     # The largest entry of the right-hand side becomes one.
     unit = jnp.max(inverse * jnp.abs(moment))
     unit = jnp.where(unit > 0, unit, 1)
-    given = inverse, moment, unit, slot, damping, kept
-    solution, kept = systems.solve(system, *given)
+    solution, kept = systems.solve(system, inverse, moment, unit, slot, damping, kept)
     # Without damping and for norms near the smallest number the solution overflows.
     limit = jnp.finfo(gram.dtype).max / (_HEADROOM * len(scale))
     unit = jnp.minimum(unit, limit)
@@ -100,7 +95,15 @@ def _solved_jvp(primals: Any, tangents: Any) -> Any:
         return inverse * (damping * x + products(gram, scale * x))
 
     system, inverse = lax.stop_gradient(_system(gram, scale, damping, divisor))
-    divide, sound = _division(system, inverse)
+    matrix = system.rows(0, system.size)
+    factor: Any = cholesky.factorise(matrix.T, system.size)
+    sound = cholesky.is_sound(factor)
+    # Both branches are taken where there is a batch: a NaN times 0 is no 0.
+    factor = jnp.where(sound, factor, jnp.eye(len(scale), dtype=gram.dtype))
+    one = jnp.ones((), gram.dtype)
+    by_factor = lambda rhs: cholesky.solve(factor, rhs)
+    by_basis = lambda b: cholesky.solve_in_basis(matrix, inverse, b / inverse, one)
+    divide = lambda _, rhs: lax.cond(sound, by_factor, by_basis, rhs)
     # A loop cannot be transposed, but this.
     transposed = lambda _, x: jax.linear_transpose(lambda y: divide(None, y), x)(x)[0]
     solve = lambda rhs: lax.custom_linear_solve(multiply, rhs, divide, transposed)
@@ -114,22 +117,6 @@ def _solved_jvp(primals: Any, tangents: Any) -> Any:
         d_kept = jnp.where(new.damping == damping, d_damping, 0)
         d_new = d_new._replace(run=np.zeros((), float0), damping=d_kept)
     return (weights, new), (system.weights * solve(inverse * rest), d_new)
-
-
-def _division(system: systems.System, diagonal: jax.Array) -> tuple[Any, jax.Array]:
-    """Return the inverse of $D A D$ as a linear map, and whether it has one.
-
-    Where not, it is one to within the null space.
-    """
-    size, dtype = system.size, diagonal.dtype
-    factor: Any = cholesky.factorise(system.rows(0, size).T, size)
-    sound = systems.is_sound(factor)
-    # Both branches are taken where there is a batch: a NaN times 0 is no 0.
-    factor = jnp.where(sound, factor, jnp.eye(size, dtype=dtype))
-    one = jnp.ones((), dtype)
-    by_factor = lambda rhs: cholesky.solve(factor, rhs)
-    by_basis = lambda rhs: systems.without_noise(system, diagonal, rhs / diagonal, one)
-    return lambda _, rhs: lax.cond(sound, by_factor, by_basis, rhs), sound
 
 
 def _system(

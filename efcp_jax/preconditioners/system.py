@@ -29,16 +29,10 @@ from efcp_jax.preconditioners import cholesky
 
 # Smaller matrices are factorised faster than the kept factor is read.
 _SMALLEST = 512
-
 # Slots of a run. A longer one makes F more seldom and the blocks of the run larger.
 _RUN = 64
-
 # A relative change of the damping that is not worth a factorisation.
 _NEAR = 0.1
-
-# Squared distances below this many rounding errors of the matrix are rounding errors
-# themselves.
-_NOISE = 10.0
 
 
 class System(NamedTuple):
@@ -89,11 +83,7 @@ def empty(size: int, dtype: jax.typing.DTypeLike) -> Kept | None:
 
 
 def near(damping: jax.Array, kept: Kept | None) -> jax.Array:
-    """Return the damping that was kept if it is within a tenth, else `damping`.
-
-    One that follows the window changes a little in every step, and would have every
-    step factorise.
-    """
+    """Return that of `kept` if near: else all steps that change it factorise."""
     if kept is None:
         return damping
     close = jnp.abs(kept.damping - damping) <= _NEAR * damping
@@ -131,7 +121,8 @@ def solve(
                 kept._replace(run=varying.like(kept, jnp.int32(-1))),
             ),
         )
-    remedy = lambda: without_noise(system, inverse, rhs, unit)
+    matrix = lambda: system.rows(0, system.size)
+    remedy = lambda: cholesky.solve_in_basis(matrix(), inverse, rhs, unit)
     return _unless(sound, solution, remedy), kept
 
 
@@ -153,7 +144,7 @@ def _afresh(system: System, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     def by_blocks(block: int) -> tuple[jax.Array, jax.Array]:
         # LAPACK wants columns contiguous. The transpose has that without a copy.
         factor = cholesky.factorise(system.rows(0, system.size).T, block)
-        return cholesky.solve(factor, rhs), is_sound(factor)
+        return cholesky.solve(factor, rhs), cholesky.is_sound(factor)
 
     # NVIDIA's and AMD's libraries divide matrices themselves, and every call of them is
     # a kernel or more: 7 in place of 105 at 1024 rows.
@@ -199,22 +190,5 @@ def _resumed(
     last = cholesky.solve(corner, last)
     others = cholesky.backward(kept.factor, others - dot(last, kept.coupling))
     solution = lax.dynamic_update_slice_in_dim(others, last, run, axis=0)
-    return solution, is_sound(kept.factor) & is_sound(corner), kept
-
-
-def is_sound(factor: cholesky.Factor) -> jax.Array:
-    """Return whether no row depends on others to within rounding."""
-    pivots = cholesky.pivots(factor)
-    # Squared pivots are the squared distances of each row from those before it.
-    return jnp.all(pivots**2 > _NOISE * jnp.finfo(pivots.dtype).eps)  # False for NaN
-
-
-def without_noise(
-    system: System, inverse: jax.Array, rhs: jax.Array, unit: jax.Array
-) -> jax.Array:
-    """Return the solution without the directions that rounding made up."""
-    matrix = system.rows(0, system.size)
-    # The Frobenius norm is at least the largest eigenvalue, and what rounding leaves of
-    # dependent rows grows with the number of rows.
-    noise = _NOISE * jnp.finfo(matrix.dtype).eps * jnp.linalg.norm(matrix)
-    return cholesky.solve_in_basis(matrix, inverse, rhs, unit, noise)
+    sound = cholesky.is_sound(kept.factor) & cholesky.is_sound(corner)
+    return solution, sound, kept

@@ -99,11 +99,7 @@ def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
 
 
 def _of_metric(state: MetricState) -> tuple[jax.Array, jax.Array]:
-    r"""Return the root mean square of the gradient, and the spread of the diagonal.
-
-    The spread is the standard deviation of $\sqrt{v}$ over its root mean square,
-    $\sqrt{1 - (\overline{\sqrt{v}})^2 / \bar v}$, in [0, 1); 0 before the first step.
-    """
+    r"""Return $\sqrt{\bar v}$ and $\sqrt{1 - (\overline{\sqrt v})^2 / \bar v}$."""
     dtype, totals, count = state.mean.dtype, [jnp.zeros((2,), state.mean.dtype)], 0
     known = jnp.where(state.mean > 0, state.mean, 1)
     is_factored = lambda node: isinstance(node, Factored)

@@ -18,8 +18,8 @@ from efcp_jax.transforms import ScaleByMfacState
 from efcp_jax.window import Window
 
 
-# The first product, and those with what it has left over of the tree; and how often the
-# m x m system is solved for each, again with what is left over.
+# Products, each with what those before have left over of the tree; and how often the
+# m x m system is solved for each, likewise.
 _PRODUCTS = 3
 _SOLUTIONS = 2
 
@@ -80,16 +80,14 @@ def inverse_fisher_product(
 
     Notes:
         Time: an eigendecomposition of the m x m matrix and nine times two passes over
-        the window: what the formula alone leaves over is taken as a tree of its own
-        two times.
-        Memory: four vectors.
+        the window, as the formula is applied again to what it leaves. Memory: four
+        vectors.
         Accuracy, with $\kappa = 1 + |G|^2 / (m \lambda)$, the condition number: the
         relative residual $|x - A y| / |x|$ is about 3e-8 $|G|^2 |y| / (m |x|)$ in
-        float32, but not less than the rounding unit; rounding $y$ alone costs a tenth
-        of that. Trees along the longest rows have small $y$: they stay below 1e-4 up to
-        $\kappa$ of 3e5. Trees across the rows have $|y| = |x| / \lambda$ and stay
-        below it up to 2e3. From 1e7 on the residual is about 1, and the damping must be
-        larger.
+        float32, but not less than the rounding unit. Trees along the longest rows have
+        small $y$: they stay below 1e-4 up to $\kappa$ of 3e5. Trees across the rows
+        have $|y| = |x| / \lambda$ and stay below it up to 2e3. From 1e7 on the residual
+        is about 1, and the damping must be larger.
         Call it under `jax.jit`, and under `jax.vmap` for several trees.
     """
     own = only_state(state, (ScaleByMfacState,), "scale_by_mfac")
@@ -132,10 +130,9 @@ def _solver(
     size = len(state.window.scale)
 
     def init(space):
+        window = windows.empty(space, size, space.layout.dtype)
         gram = jnp.zeros((size, size), space.layout.dtype)
-        return _Held(
-            windows.empty(space, size, gram.dtype), of_grams(space.counts, gram)
-        )
+        return _Held(window, of_grams(space.counts, gram))
 
     def specs(space):
         one: Any = PartitionSpec()

@@ -1,10 +1,12 @@
 """How many bytes an optimizer's state takes, without allocating any."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax.tree_util import GetAttrKey, SequenceKey
 import optax
 
 from efcp_jax import _validate
@@ -77,13 +79,9 @@ def memory_report(
     fields: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         # The names of state fields, without the keys of the parameter tree below them.
-        names = []
-        for key in path:
-            if isinstance(key, jax.tree_util.GetAttrKey):
-                names.append(key.name)
-            elif names or not isinstance(key, jax.tree_util.SequenceKey):
-                break
-        name = ".".join(names) or jax.tree_util.keystr(path)
+        inside = itertools.dropwhile(lambda key: isinstance(key, SequenceKey), path)
+        names = itertools.takewhile(lambda key: isinstance(key, GetAttrKey), inside)
+        name = ".".join(key.name for key in names) or jax.tree_util.keystr(path)
         fields[name] = fields.get(name, 0) + _bytes(leaf)
     windows = [own.window for own in own_states(state) if hasattr(own, "window")]
     adam = jax.eval_shape(optax.adam(1).init, params)

@@ -14,8 +14,6 @@ from efcp_jax.reports import own_states
 from efcp_jax.reports.diagnostics import diagnostics, direction
 
 
-_SHARES = (0.25, 0.5, 0.75)
-
 # The upper 16 bits of a float32 decide, its sign, its exponent and 7 bits behind the
 # leading one: numbers without a sign that they hold, as a power of two.
 _BITS = 15
@@ -57,9 +55,7 @@ def monitor(
     goes in and the update $u$ that comes out, which is added to the parameters: 1 is
     steepest descent, below 0 the update climbs. Around a part that carries no negative
     learning rate, such as `scale_by_mfac`, the sign is the opposite one.
-
-    `optax.tree.get(state, name)` reads a figure by the names of `MonitorState`. Updates
-    and inner state are those of `tx`.
+    `optax.tree.get(state, name)` reads a figure by the names of `MonitorState`.
 
     Args:
         tx: Any gradient transformation, usually the whole optimizer. Extra arguments
@@ -68,10 +64,9 @@ def monitor(
             at least 1.
 
     Returns:
-        A gradient transformation with a `MonitorState`. `effective_rank` and
-        `error_ratio` are 0 unless `tx` has exactly one of this package's
-        preconditioners, and `error_ratio` also if nothing is fed back: NaN in their
-        place would stop programs that look for NaN.
+        A gradient transformation with a `MonitorState`, and the updates of `tx`.
+        `effective_rank` and `error_ratio` are 0 unless `tx` has exactly one of this
+        package's preconditioners, and `error_ratio` also if nothing is fed back.
 
     Raises:
         TypeError: `tx` is not a gradient transformation, or `every` not an integer.
@@ -91,8 +86,7 @@ def monitor(
         A step costs about 20 reads of the gradient and the update, 15 of them of 2
         bytes an entry, and an eigendecomposition of each m x m Gram matrix:
         `every=100` makes that negligible. Under `jax.vmap` it is paid in every step.
-        Memory: 2 to 4 bytes a parameter while figures are made. On a mesh only sums
-        over arrays where they live.
+        Memory: 2 to 4 bytes a parameter while figures are made.
         The angle is resolved to about 0.03 degrees in float32. A gradient with an entry
         that is not a number makes `cosine`, `angle` and `gradient_norm` NaN until
         figures are made again.
@@ -172,7 +166,7 @@ def ratio_quartiles(updates: Any, gradients: Any) -> jax.Array:
         return sum((each.astype(jnp.float32) for each in reached), jnp.zeros(()))
 
     outside, every = count(jnp.array([-1, 2**_BITS - 1], jnp.int16))
-    wanted = outside + jnp.array(_SHARES) * (every - outside)
+    wanted = outside + jnp.array((0.25, 0.5, 0.75)) * (every - outside)
 
     def halve(_: jax.Array, between: tuple[jax.Array, jax.Array]):
         low, high = between

@@ -113,12 +113,6 @@ def scale_by_ggt(
     feedback = checked(
         compressor, metric, error_dtype, skip_nonfinite, error_feedback, block_diagonal
     )
-    return preconditioned(
-        ScaleByGgtState,
-        coefficients,
-        lambda size, dtype: None,
-        {"eps": eps, "b1": b1, "b2": b2},
-        window_size,
-        feedback,
-        sharding,
-    )
+    values = {"eps": eps, "b1": b1, "b2": b2}
+    made = ScaleByGgtState, coefficients, lambda size, dtype: None, values
+    return preconditioned(*made, window_size, feedback, sharding)

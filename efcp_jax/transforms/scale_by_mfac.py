@@ -12,11 +12,7 @@ from efcp_jax._docstrings import MFAC, documented
 from efcp_jax.compressors import Compressor
 from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished, root, saturate
-from efcp_jax.preconditioners import (
-    gram as grams,
-    mfac_coefficients,
-    system as systems,
-)
+from efcp_jax.preconditioners import gram as grams, mfac_coefficients, system as systems
 from efcp_jax.step import checked, preconditioned
 from efcp_jax.window import Window
 
@@ -99,8 +95,7 @@ def scale_by_mfac(
         from m = 512 on 0.7 m^2 more for a factorisation that serves many steps.
         Time: one compression, two passes over the window and m^3 / 3 operations; with
         the factorisation that is kept 2 m^2 on CPUs, and m^3 / 3 once in 64 steps or
-        when the damping has changed. On GPUs the host reads one boolean a step: whether
-        the m x m matrix is singular to within rounding.
+        when the damping has changed. GPUs tell the host whether the matrix is singular.
         With `block_diagonal` there are a Gram matrix and a system for each leaf,
         solved in one batch for windows of less than 512 rows.
         Accuracy: the relative error is the rounding unit times the condition number of
@@ -141,12 +136,6 @@ def scale_by_mfac(
     feedback = checked(
         compressor, metric, error_dtype, skip_nonfinite, error_feedback, block_diagonal
     )
-    return preconditioned(
-        ScaleByMfacState,
-        coefficients,
-        systems.empty,
-        {"damping": damping, "b1": b1},
-        window_size,
-        feedback,
-        sharding,
-    )
+    values = {"damping": damping, "b1": b1}
+    made = ScaleByMfacState, coefficients, systems.empty, values
+    return preconditioned(*made, window_size, feedback, sharding)
