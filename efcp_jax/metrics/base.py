@@ -38,8 +38,7 @@ class Measured(NamedTuple):
     def behind(self, value: Any) -> tuple["Measured", Any]:
         """Return the metric as what is known behind `value`, and `value`.
 
-        So that no compiler keeps the roots from the way in for the way out, which would
-        be a temporary of the size of the model.
+        Else compilers keep the roots for the way out, as large as the model.
         """
         arrays, value = lax.optimization_barrier((self.arrays, value))
         return self._replace(arrays=arrays), value

@@ -73,12 +73,9 @@ def of_leaves(
 
 
 class Group(NamedTuple):
-    """Leaves that are alike: what is done with them is done at once, in fewer kernels.
+    """Leaves that are alike: they are taken at once, in fewer kernels."""
 
-    `leaf` is any of them, and `factored` whether their moments are.
-    """
-
-    leaf: Leaf
+    leaf: Leaf  # any of them
     indices: list[int]
     factored: bool
 
@@ -131,11 +128,10 @@ def sums_of(group: Group, values: list[jax.Array]) -> list[jax.Array]:
 
 
 class Observed(NamedTuple):
-    """The moments of a group, and what is needed of them at once.
+    """Moments of a group, what their roots are made of, and their share of the mean.
 
-    These are roots of their factors, rows next to their mean `(g, ...)` and columns
-    `(g, n)`, or the moments, stacked; and their share of the mean over all parameters,
-    where all devices together count each once.
+    Roots of the factors, rows over their mean `(g, ...)` and columns `(g, n)`, or the
+    moments, stacked. All devices together count each parameter once.
     """
 
     moments: list[Any]

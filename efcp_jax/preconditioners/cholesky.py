@@ -53,8 +53,8 @@ Factor: TypeAlias = jax.Array | Blocked
 def factorise(matrix: jax.Array, unblocked: int = UNBLOCKED) -> Factor:
     """Return the factor of a symmetric matrix, of which the lower half is read.
 
-    Blocks of at most `unblocked` rows are left to the library. Where the matrix is not
-    positive definite to within rounding, pivots are NaN.
+    Blocks of up to `unblocked` rows are left to the library. Pivots of matrices that
+    are not positive definite are NaN.
     """
     size = len(matrix)
     if size <= unblocked:

@@ -12,7 +12,7 @@ where $\operatorname{sign} Y$ is the polar factor of $Y$. Polar factors come fro
 $$X \leftarrow \tfrac{\rho}{2} X (3 I - \rho^2 X^T X),$$
 
 which drives all singular values to one. As the condition of $L$ is the root of that of
-$A$, no digits are lost that $A$ has. Its eigenvalues are never looked at one by one.
+$A$, no digits are lost that $A$ has.
 """
 
 import math
@@ -99,7 +99,7 @@ def _solve_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def by_eigenvectors(
     matrix: jax.Array, eps: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return the solution, $S$, its eigenvalues and -vectors, and 1 for those of A."""
+    r"""Return $x$, $S$, its eigenvalues and -vectors, and 1 for those above $\phi$."""
     values, vectors = jnp.linalg.eigh(matrix)
     floor = jnp.finfo(matrix.dtype).eps * jnp.maximum(values[-1], 1)
     singular = jnp.sqrt(jnp.maximum(values, floor))
@@ -110,10 +110,10 @@ def by_eigenvectors(
 
 @by_eigenvectors.defjvp
 def _by_eigenvectors_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    r"""Return $S'$ of $S S' + S' S = A'$ and $x'$ of $(S + \epsilon I) x' = b' - ...$.
+    r"""Solve $S S' + S' S = A'$ and $(S + \epsilon I) x' = b' - S' x - \epsilon' x$.
 
-    The rest is $S' x + \epsilon' x$. What does not reach the floor stays there, and
-    eigenvectors are constants: they have no derivative where eigenvalues are equal.
+    What does not reach the floor stays there, and eigenvectors are constants: they have
+    no derivative where eigenvalues are equal.
     """
     d_matrix, d_eps, d_rhs = tangents
     made, eps = by_eigenvectors(*primals), primals[1]
@@ -142,9 +142,8 @@ def _by_eigenvectors_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 def by_products(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
     """Return the solution by about 120 products and two Cholesky factorisations.
 
-    The relative error is at most that of an eigendecomposition in the same precision,
-    about 1e-7 times the condition of $A$ up to 1e-2 for 1e7; singular values at the
-    floor are right to 1% of it.
+    The relative error is at most that of an eigendecomposition, and singular values at
+    the floor are right to 1% of it.
     """
     size, unit = len(matrix), jnp.finfo(matrix.dtype).eps
     eye = jnp.eye(size, dtype=matrix.dtype)

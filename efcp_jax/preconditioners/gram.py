@@ -57,7 +57,7 @@ def moment(
 
     $b_i = (1 - b_1)\, b_1^{age_i}$, the first moment of the stored gradients; with
     `nesterov`, $b_1 b_i + (1 - b_1) \delta_{ij}$, the moment that the newest gradient
-    would be part of twice. As one power of $b_1 \le b_2$ nothing under- or overflows.
+    would be part of twice. As one power nothing under- or overflows.
     """
     faded = (1 - b1) * (b1 / b2) ** age.astype(b1.dtype)
     if nesterov:

@@ -104,19 +104,19 @@ def _solved_jvp(primals: Any, tangents: Any) -> Any:
     by_factor = lambda rhs: cholesky.solve(factor, rhs)
     by_basis = lambda b: cholesky.solve_in_basis(matrix, inverse, b / inverse, one)
     divide = lambda _, rhs: lax.cond(sound, by_factor, by_basis, rhs)
-    # A loop cannot be transposed, but this.
+    # Reverse mode transposes this, as it could not the loops of the solver.
     transposed = lambda _, x: jax.linear_transpose(lambda y: divide(None, y), x)(x)[0]
     solve = lambda rhs: lax.custom_linear_solve(multiply, rhs, divide, transposed)
     change = lambda z, weights: d_damping * z + products(d_gram, weights)
-    left = moment - damping * solution - products(gram, weights)
-    left = jnp.where(sound, 0, left)
+    left = jnp.where(sound, 0, moment - damping * solution - products(gram, weights))
     more = inverse * solve(inverse * change(left, scale * left))
     rest = d_moment - change(solution, weights) + more
-    d_new = jax.tree.map(jnp.zeros_like, new)
-    if d_new is not None:
+    d_weights, d_new = system.weights * solve(inverse * rest), None
+    if new is not None:
         d_kept = jnp.where(new.damping == damping, d_damping, 0)
+        d_new = jax.tree.map(jnp.zeros_like, new)
         d_new = d_new._replace(run=np.zeros((), float0), damping=d_kept)
-    return (weights, new), (system.weights * solve(inverse * rest), d_new)
+    return (weights, new), (d_weights, d_new)
 
 
 def _system(

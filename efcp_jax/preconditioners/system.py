@@ -8,10 +8,8 @@ L = \begin{pmatrix} F & \\ W^T & \mathrm{chol}(C - W^T W) \end{pmatrix}, \quad
 F F^T = A, \quad W = F^{-1} B,$$
 
 where $F$ is made once a run, and a step replaces one column of $W$: $m^2$ operations
-instead of $m^3 / 3$. It is a Cholesky factorisation like any other, with its rounding
-errors and no more, however many steps it serves.
-
-Instead of moving rows, $A$ has the run's rows and columns of the identity.
+instead of $m^3 / 3$. Rounding errors are those of any Cholesky factorisation, however
+many steps it serves. Instead of moving rows, $A$ has the run's of the identity.
 """
 
 from collections.abc import Callable

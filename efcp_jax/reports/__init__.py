@@ -1,7 +1,4 @@
-"""What is computed from states on request, and never carried in them.
-
-Here, the states of this package inside of the state of an optimizer.
-"""
+"""What is computed from states on request, and how they are found in an optimizer's."""
 
 from typing import Any
 

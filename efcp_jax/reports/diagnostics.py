@@ -18,8 +18,8 @@ from efcp_jax.transforms import ErrorFeedbackState
 def diagnostics(state: Any) -> dict[str, chex.ArrayTree]:
     r"""Return the figures that tell whether a preconditioner is healthy.
 
-    Pure and jit-compatible; costs an eigendecomposition of an `(m, m)` matrix and one
-    pass over the error, so call it every so many steps.
+    It is pure, and costs an eigendecomposition of an `(m, m)` matrix and one pass over
+    the error: call it every so many steps, under `jax.jit`.
 
     Args:
         state: The state of any optimizer that contains exactly one of this package's

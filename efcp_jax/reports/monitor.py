@@ -109,10 +109,8 @@ def monitor(
         )
         old: MonitorState = state._replace(inner_state=None)
         measure = lambda: _figures(new_updates, updates, inner_state, old)
-        if every == 1:
-            new = measure()
-        else:
-            new = lax.cond(old.monitored % every == 0, measure, lambda: old)
+        due = old.monitored % every == 0
+        new = measure() if every == 1 else lax.cond(due, measure, lambda: old)
         count = jnp.asarray(optax.safe_increment(old.monitored))
         return new_updates, new._replace(monitored=count, inner_state=inner_state)
 
@@ -124,9 +122,8 @@ def _figures(
 ) -> MonitorState:
     """Return the figures of one step, in the dtypes of `old`."""
     dtype = old.cosine.dtype
-    (gradient_norm, g), (update_norm, u) = (
-        direction(tree, dtype) for tree in (gradients, updates)
-    )
+    gradient_norm, g = direction(gradients, dtype)
+    update_norm, u = direction(updates, dtype)
     parts = (jnp.sum((a * b.conj()).real) for a, b in zip(g, u, strict=True))
     # Norms round too, so equal directions may come out above 1.
     cosine = jnp.clip(-sum(parts, jnp.zeros((), dtype)), -1, 1)
@@ -152,9 +149,8 @@ def _figures(
 def ratio_quartiles(updates: Any, gradients: Any) -> jax.Array:
     r"""Return the quartiles of $|u_i / g_i|$ over the coordinates with $g_i \ne 0$.
 
-    The least number that at least a quarter, a half and three quarters of the ratios
-    do not exceed, each off by at most 0.4%, or zeros if there is none. Found bit by
-    bit: a sort would gather all parameters of a mesh on every device.
+    The least that at least that share of the ratios do not exceed, each off by at most
+    0.4%, or zeros for none. A sort would gather the parameters of a mesh everywhere.
     """
     pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(gradients), strict=True)
     keys = [part for pair in pairs for part in _keys(*pair)]
@@ -184,10 +180,7 @@ def ratio_quartiles(updates: Any, gradients: Any) -> jax.Array:
 
 
 def _keys(update: jax.Array, gradient: jax.Array) -> list[jax.Array]:
-    """Return the upper bits of the ratios as int16, which order alike; -1 for none.
-
-    In parts whose entries an index counts.
-    """
+    """Return the upper bits of the ratios as int16, which order alike; -1 for none."""
     gradient = jnp.abs(gradient.astype(widest(gradient.dtype)))
     update = jnp.abs(update.astype(widest(update.dtype)))
     known = gradient > 0  # False for NaN
@@ -196,6 +189,7 @@ def _keys(update: jax.Array, gradient: jax.Array) -> list[jax.Array]:
     # Division makes no sign here, but NaN may have one.
     upper = (bits >> 16) & (2**_BITS - 1)
     key = jnp.where(known, upper, -1).astype(jnp.int16)
+    # In parts whose entries an index counts.
     if key.size <= indexed():
         return [key]
     flat = key.reshape(-1)

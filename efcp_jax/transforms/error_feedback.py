@@ -79,9 +79,8 @@ def error_feedback(
 
 
 def _step(
-    feedback: Feedback, space: Space, updates: Any, state: Any, values: dict
+    feedback: Feedback, space: Space, updates: Any, state: Any, _: dict
 ) -> tuple[Any, ErrorFeedbackState]:
-    del values
     new = feedback.take(space, updates, state)
     fault = jnp.where(new.finite, 0, 1).astype(space.layout.dtype)
     fault = fault if feedback.skip_nonfinite else None

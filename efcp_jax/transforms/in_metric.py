@@ -69,7 +69,7 @@ def in_metric(
 
     def measure(tree: chex.ArrayTree, state, seen) -> Measured:
         layout = placement.layout(tree, working_dtype(tree), None)
-        held = metric.init(layout) if state is None else state
+        held: Any = metric.init(layout) if state is None else state
         return metric.measure(layout, tree, held, seen, True)
 
     def init_fn(params) -> Any:
