@@ -69,7 +69,7 @@ def ggt_coefficients(
     fixed, squares, unit = lax.stop_gradient((weights, jnp.diagonal(gram), eps))
     largest = jnp.max(fixed * jnp.sqrt(squares))
     unit = jnp.where(largest > 0, largest, unit)
-    inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
+    inverse = 1 / jnp.where(unit > 0, unit, jnp.inf)
     weights = weights * inverse
     moment = grams.moment(age, filled, b1, b2, nesterov=nesterov)
     weighted = weights[:, None] * gram * weights[None]

@@ -175,8 +175,7 @@ def ratio_quartiles(updates: Any, gradients: Any) -> jax.Array:
     low, _ = lax.fori_loop(0, _BITS, halve, (start, start + (2**_BITS - 1)))
     # The middle of what has these upper bits: after 15 halvings 2^15 have become one.
     middle = lax.bitcast_convert_type(low << 16 | 2**15, jnp.float32)
-    infinite = low >= 0x7F80
-    return jnp.where(infinite, jnp.inf, jnp.where(low == 0, 0, middle))
+    return jnp.where(low >= 0x7F80, jnp.inf, jnp.where(low == 0, 0, middle))
 
 
 def _keys(update: jax.Array, gradient: jax.Array) -> list[jax.Array]:
