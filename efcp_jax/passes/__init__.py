@@ -4,11 +4,10 @@
 |---|---|
 | `forms` | what passes over sparse rows mean: select, residual, inner, dot, combine |
 | `reference` | these as plainly as can be written: what the others must compute |
-| `cpu`, `cpu_feed` | loops over a few blocks at a time |
+| `cpu` | loops over a few blocks at a time |
 | `gpu` | fused comparisons |
 | `tpu`, `tpu_feed`, `tpu_tiles` | kernels for tiles of 128 blocks; else comparisons |
-| `large` | both accelerators' forms for blocks of more than 256 entries |
-| `selection`, `places` | what platforms share |
+| `selection` | the largest entries, for all platforms |
 | `entries` | how entries are stored |
 | `arrays` | passes over any array: finite or not, scaled, added to, overwritten |
 """

@@ -1,16 +1,12 @@
 """How the entries of sparse rows are stored: in two arrays, three, or one of words.
 
-A word holds an offset in its upper and a value of half precision in its lower 16 bits.
-One array of integers is overwritten where it lies, row by row, where XLA on CPUs passes
-over the whole of an array of half precision; and an entry is one number to load, whose
-two halves are a shift away.
+A word holds an offset in its upper and a value of half precision in its lower 16 bits,
+so an entry is one number to load, and CPUs overwrite a row in one array, not in two.
 
-Values of 8 bits are multiplied by a power of two that each row has for every tile, in a
-third array: that of the largest value of the row in the tile, so values of any
-magnitude can be stored, and multiplying by it rounds nothing. A tile of 128 blocks has
-one, which takes no memory to speak of; a row has none for all tiles together, since
-layers differ in the magnitude of their gradients, and devices would have to ask each
-other.
+Values of 8 bits have a third array: each row a power of two for every tile, that of its
+largest value there, so values of any magnitude can be stored, and multiplying rounds
+nothing. It takes no memory to speak of. One for a whole row would not do: layers differ
+in the magnitude of their gradients, and devices would have to ask each other.
 """
 
 from collections.abc import Callable
@@ -29,14 +25,11 @@ from efcp_jax.numerics import constant, power_of_two, saturate
 # below: the largest value of a tile is brought there. What is above in between rounds
 # down, else another power of two would be found for a row that is stored anew.
 LIMITS = {"int8": (127, 2**7), "float8_e4m3fn": (240, 2**8)}
-
-# The dtypes there are of 8 bits.
 DTYPES = tuple(LIMITS)
 
 # Those of which rounding commutes with multiplying by a power of two, so that a row can
 # be rounded before its scale is known. Small numbers vanish in float16.
 COMMUTING = ("float32", "bfloat16", *DTYPES)
-
 
 _NO_DERIVATIVE = (
     "values of 8 bits, and those of 16 bits in blocks of more than 256 entries, are"
@@ -63,11 +56,9 @@ class ScaledRow(NamedTuple):
     """The kept entries of every block, with values of 8 bits.
 
     Attributes:
-        values: The entries over the scale of their tile, shape `(tiles, k, lanes)`; a
-            window has `(tiles, m k, lanes)`.
+        values: The entries over the scale of their tile, shape `(tiles, m k, lanes)`.
         offsets: Their positions inside the block, of the same shape.
-        scales: The power of two of each tile, bfloat16, shape `(tiles, 1)`; a window
-            has `(tiles, m)`.
+        scales: The power of two of each tile, bfloat16, shape `(tiles, m)`.
     """
 
     values: jax.Array
@@ -86,12 +77,7 @@ Stored: TypeAlias = SparseRow | ScaledRow | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How entries are stored.
-
-    Attributes:
-        values: Dtype of the values.
-        offsets: Dtype of the offsets.
-    """
+    """How entries are stored: the dtypes of their values and offsets."""
 
     values: np.dtype
     offsets: np.dtype
@@ -159,10 +145,8 @@ class Storage:
 
 def offset_dtype(block_size: int) -> np.dtype:
     """Return the smallest dtype that holds every offset of a block."""
-    for dtype in (jnp.uint8, jnp.uint16):
-        if block_size - 1 <= jnp.iinfo(dtype).max:
-            return jnp.dtype(dtype)
-    return jnp.dtype(jnp.int32)
+    found = np.min_scalar_type(block_size - 1)
+    return found if found.itemsize < 4 else np.dtype(np.int32)
 
 
 def quantise(values: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:

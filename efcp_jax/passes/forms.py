@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax import varying
-from efcp_jax.passes import cpu, cpu_feed, gpu, reference, tpu
+from efcp_jax.passes import cpu, gpu, reference, tpu
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
 from efcp_jax.passes.tpu_tiles import LANES as LANES
 
@@ -74,71 +74,63 @@ class Form:
         line = jnp.repeat(weights, self.kept)[None]
         return line[:, :, None] if self.tile else line
 
+    def positions(self, offsets: jax.Array) -> jax.Array:
+        """Return offsets counted from the first of the blocks that they are of.
+
+        They are unsigned, so that indexing looks for no negative ones.
+        """
+        offsets = offsets.astype(jnp.uint32)
+        blocks = offsets.size // offsets.shape[1]
+        if blocks == 1:
+            return offsets
+        first = jnp.arange(blocks, dtype=jnp.uint32) * self.size
+        return offsets + self.from_blocks(first[:, None])
+
+    def taken(self, vector: jax.Array, offsets: jax.Array) -> jax.Array:
+        """Return the entries at `offsets` of blocks laid end to end."""
+        return vector.at[self.positions(offsets)].get(mode="promise_in_bounds")
+
+    def place(
+        self, values: jax.Array, offsets: jax.Array, out: jax.Array | None = None
+    ) -> jax.Array:
+        """Return `out`, or zeros, with the entries of a row added, laid end to end."""
+        size = values.size // values.shape[1] * self.size
+        out = jnp.zeros(size, values.dtype) if out is None else out
+        # Entries of a row lie at places of their own, or are zeros: not written.
+        return out.at[self.positions(offsets)].add(
+            values, mode="promise_in_bounds", unique_indices=True
+        )
+
     def select(self, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the entries of largest magnitude of every block.
+        """Return the entries of largest magnitude of every block, as they lie in a row.
 
-        Among equal magnitudes the first come first; NaN comes before infinity. Costs
-        `kept` passes over the vector while they are few.
-
-        Args:
-            vector: Shape `(blocks, size)`.
-
-        Returns:
-            Values in the dtype of `vector` and offsets, int32, ascending in each block,
-            as they lie in a row.
+        Values in the dtype of `vector`, and offsets, int32, ascending in each block.
+        Among equal magnitudes the first come first; NaN comes before infinity.
         """
         return self._by_platform("select", vector)
 
     def residual(
         self, vector: jax.Array, values: jax.Array, offsets: jax.Array
     ) -> jax.Array:
-        """Return `vector` less `values` at `offsets`, in place if it is donated.
+        """Return `vector` less the entries of a row, in place if it is donated.
 
-        Args:
-            vector: Shape `(blocks, size)`.
-            values: Those of a row, in the dtype of `vector`.
-            offsets: Integers, all different in a block, or with values of 0.
-
-        Returns:
-            Array of the shape and dtype of `vector`.
+        Offsets are all different in a block, or have values of 0.
         """
         return self._by_platform("residual", vector, values, offsets)
 
     def inner(self, window: Stored, row: SparseRow) -> jax.Array:
-        """Return the inner products of the rows of `window` with `row`.
-
-        Args:
-            window: The rows as they are stored.
-            row: One more row, loaded, with values in the dtype of the result.
-
-        Returns:
-            Array of shape `(m,)`.
-        """
+        """Return the products of stored rows with a loaded row, `(m,)`, in its dtype."""
         return self._by_platform("inner", window, row)
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:
-        """Return the inner products of the rows of `window` with any vector.
-
-        Args:
-            window: The rows as they are stored.
-            vector: Shape `(blocks, size)`, in the dtype of the result.
-
-        Returns:
-            Array of shape `(m,)`.
-        """
+        """Return the products of stored rows with a vector, `(m,)`, in its dtype."""
         return self._by_platform("dot", window, vector)
 
     def combine(self, window: Stored, weights: jax.Array, runs: Any) -> list[jax.Array]:
-        """Return the sum of the rows of `window` times `weights`, cut into leaves.
+        """Return the sum of stored rows times `weights`, `(m,)`, cut into flat leaves.
 
-        Args:
-            window: The rows as they are stored.
-            weights: One for each row, shape `(m,)`, in the dtype of the result.
-            runs: The sizes of the leaves that the blocks hold end to end, in groups: a
-                CPU writes the leaves of a group together.
-
-        Returns:
-            One flat array for each leaf, in order.
+        `runs` has the sizes of the leaves that the blocks hold end to end, in groups: a
+        CPU writes the leaves of a group together.
         """
         return self._by_platform("combine", window, weights, runs=runs)
 
@@ -168,13 +160,10 @@ class Form:
             count: The number of the step, by which an error of 8 bits is rounded.
             by_parts: From these four to the result, in pass after pass. A derivative is
                 that of this form.
-            finish: From values of a row, rounded, and offsets to it and its scale.
+            finish: From values and offsets to the row as it is stored, and its scale.
             gradient: From `tree` to shape `(blocks, size)`, for TPUs.
             sections: From `tree` to what reads it in parts, for CPUs.
             dtype: The working dtype.
-
-        Returns:
-            The row as it is stored, its scale and the new error.
         """
 
         def fed(module: Any, read: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -187,8 +176,8 @@ class Form:
         forms = {}
         if tpu.feeds(self, error):
             forms["tpu"] = fed(tpu, gradient)
-        if cpu_feed.feeds(self, error, dtype):
-            forms["cpu"] = fed(cpu_feed, sections)
+        if cpu.feeds(self, error, dtype):
+            forms["cpu"] = fed(cpu, sections)
         run = jax.custom_jvp(
             lambda *given: lax.platform_dependent(*given, default=by_parts, **forms)
         )
@@ -208,13 +197,8 @@ class Form:
 
         @jax.custom_jvp
         def run(*arrays: Any) -> Any:
-            return lax.platform_dependent(
-                *arrays,
-                cpu=form(cpu),
-                cuda=form(gpu),
-                tpu=form(tpu),
-                default=form(reference),
-            )
+            forms = {"cpu": form(cpu), "cuda": form(gpu), "tpu": form(tpu)}
+            return lax.platform_dependent(*arrays, default=form(reference), **forms)
 
         @run.defjvp
         def _(primals: Any, tangents: Any) -> Any:

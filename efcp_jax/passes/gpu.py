@@ -1,8 +1,9 @@
-"""Passes on GPUs: fused comparisons, each sum in one fixed order.
+"""Passes on GPUs, each sum in one fixed order, which atomics would not have.
 
-A scattered addition of floats would use atomics, whose order differs from run to run.
 Comparing each entry with every place of a small block takes no temporary, and less time
-than the bytes of the window while the window has a few hundred rows.
+than the bytes of the window while the window has a few hundred rows. In blocks of more
+than 256 entries rows are scattered one after another: their entries lie at places of
+their own.
 """
 
 from typing import Any
@@ -11,9 +12,19 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.passes import large, reference, selection
+from efcp_jax import varying
+from efcp_jax.devices.sections import part, sweep
+from efcp_jax.numerics import indexed
+from efcp_jax.passes import reference, selection
 from efcp_jax.passes.entries import SparseRow, Stored
-from efcp_jax.passes.places import MOST_MATCHES, matched
+
+
+# Entries a block of a row up to which comparing every entry of a window with each of
+# them takes less time than a gather.
+MOST_MATCHES = 8
+
+# Entries of a window gathered at a time, to keep all cores busy.
+_GATHERED = 1 << 24
 
 
 def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -33,16 +44,49 @@ def residual(
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     if not form.tile:
-        return large.inner(form, window, row)
+        return _gathered(form, window, row)
     if form.kept > MOST_MATCHES:
         return dot(form, window, _spread(form, *row))
     values, offsets = form.storage.load(window, row.values.dtype)
     return by_row(form, matched(values, offsets, row))
 
 
+def matched(values: jax.Array, offsets: jax.Array, row: SparseRow) -> jax.Array:
+    """Return every value of a window times the one of `row` at the same place, or 0."""
+    at = jnp.zeros((), row.values.dtype)
+    for i in range(row.values.shape[-2]):
+        value, offset = (x[..., i : i + 1, :] for x in row)
+        # A sum, so that entries of value 0 may share a place with another.
+        at = at + jnp.where(offsets == offset, value, 0)
+    return values * at
+
+
+def by_row(form: Any, products: jax.Array) -> jax.Array:
+    """Return the sum of the products of each row, `(tiles, m k, lanes)` to `(m,)`."""
+    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, form.kept), axis=1)
+
+
+def _gathered(form: Any, window: Stored, row: SparseRow) -> jax.Array:
+    blocks, entries = jax.tree.leaves(window)[0].shape
+
+    def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), total.dtype)
+        vector = form.place(*part(row, start, chunk))
+        return total + jnp.sum(values * form.taken(vector, offsets), axis=0)
+
+    chunk = max(1, min(_GATHERED // entries, indexed(form.size)))
+    zeros = varying.like(window, jnp.zeros(entries, row.values.dtype))
+    total = sweep(blocks, chunk, zeros, add)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
 def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
-    return (reference if form.tile else large).dot(form, window, vector)
+    if form.tile:
+        return reference.dot(form, window, vector)
+    one = lambda slot: reference.dot(form, _row(form, window, slot), vector)[0]
+    rows = jax.tree.leaves(window)[0].shape[1] // form.kept
+    return lax.map(one, jnp.arange(rows, dtype=jnp.int32))
 
 
 def combine(
@@ -50,15 +94,35 @@ def combine(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not form.tile:
-        return large.combine(form, window, weights, runs=runs)
+        return in_reach(form, window, weights, runs, _row_by_row)
     values, offsets = form.storage.load(window, weights.dtype)
     sums = _spread(form, values * form.per_entry(weights), offsets)
     return reference.cut(sums, runs)
 
 
-def by_row(form: Any, products: jax.Array) -> jax.Array:
-    """Return the sum of the products of each row, `(tiles, m k, lanes)` to `(m,)`."""
-    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, form.kept), axis=1)
+def in_reach(
+    form: Any, window: Stored, weights: jax.Array, runs: Any, sums: Any
+) -> list[jax.Array]:
+    """Return the leaves of `sums` of as many blocks at once as indices reach."""
+    most, count = indexed(form.size), len(jax.tree.leaves(window)[0])
+    some = lambda first: jax.tree.map(lambda x: x[first : first + most], window)
+    parts = [sums(form, some(first), weights) for first in range(0, count, most)]
+    return reference.cut(jnp.concatenate(parts), runs)
+
+
+def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        values, offsets = form.storage.load(_row(form, window, i), weights.dtype)
+        return form.place(values * weights[i], offsets, total)
+
+    blocks = len(jax.tree.leaves(window)[0])
+    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
+    return lax.fori_loop(0, len(weights), add, zeros)
+
+
+def _row(form: Any, window: Stored, slot: Any) -> Stored:
+    some = lambda x: lax.dynamic_slice_in_dim(x, slot * form.kept, form.kept, axis=1)
+    return jax.tree.map(some, window)
 
 
 def _spread(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:

@@ -4,10 +4,10 @@ No platform is thought of here: this is what the forms of `cpu`, `gpu` and `tpu`
 compute, and the form of every other platform. What each pass means says `forms.Form`.
 """
 
+import itertools
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.passes.entries import SparseRow, Stored
@@ -59,11 +59,8 @@ def combine(
 
 def cut(blocks: jax.Array, runs: Any) -> list[jax.Array]:
     """Return the leaves of `runs` from the entries of `blocks`, laid end to end."""
-    flat, start, leaves = blocks.reshape(-1), 0, []
-    for size in (size for run in runs for size in run):
-        leaves.append(lax.slice_in_dim(flat, start, start + size))
-        start += size
-    return leaves
+    sizes = [size for run in runs for size in run]
+    return jnp.split(blocks.reshape(-1), list(itertools.accumulate(sizes)))[:-1]
 
 
 def _scatter(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:

@@ -1,15 +1,12 @@
 """Passes on TPUs: registers are compared, nothing is gathered.
 
 A tile is 128 blocks, one a lane of a register. Entries are found by comparing offsets,
-with one another or with all entries of a block. Where XLA moves no more than it must,
-its form is used, as on GPUs; the others are kernels, for tiles of 128 blocks. Models of
-fewer blocks are one tile of them, all left to XLA, and so are values of float16, which
-kernels cannot load. XLA's own inner products move as little as the kernel, but where a
-window fits into fast memory XLA moves it there whole, and back again once a row has
-been inserted: twice the bytes of a step.
-
-Where m k is a multiple of 8, XLA keeps windows in the order in which kernels read them;
-any other window is copied before a kernel reads it.
+with one another or with all entries of a block. Kernels are for tiles of 128 blocks and
+values that they can load, which float16 is not; the rest is left to XLA. Its own inner
+products move as little as the kernel, but where a window fits into fast memory XLA
+moves it there whole, and back again once a row has been inserted: twice the bytes of a
+step. Where m k is a multiple of 8, XLA keeps windows in the order in which kernels read
+them; any other window is copied before a kernel reads it.
 """
 
 import math
@@ -19,14 +16,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import varying
+from efcp_jax.devices.sections import part, sweep
 from efcp_jax.experimental import pl, pltpu
-from efcp_jax.passes import gpu, large, reference, tpu_tiles as layout
+from efcp_jax.numerics import contract
+from efcp_jax.passes import gpu, reference, tpu_tiles as layout
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored
 from efcp_jax.passes.gpu import residual as residual, select as select
-from efcp_jax.passes.places import matched
 from efcp_jax.passes.tpu_feed import feed as feed, feeds as feeds
 from efcp_jax.passes.tpu_tiles import LANES
-from efcp_jax.varying import struct
 
 
 # Entries of a window that a program holds: for products with a row, and for sums of
@@ -37,21 +35,26 @@ _COMBINE = 1024
 # Entries loaded at a time to be added. Loads of 8-bit numbers take 32 sublanes.
 _STEP = 32
 
+# Entries of a window of large blocks of which sums are made at a time.
+_MULTIPLIED = 1 << 20
+
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
-    if not form.tile:
-        return large.compared(form, window, row)
     if _kernels_read(form, row.values.dtype):
         return _inner(form, window, row)
     values, offsets = form.storage.load(window, row.values.dtype)
-    return gpu.by_row(form, matched(values, offsets, row))
+    if form.tile:
+        return gpu.by_row(form, gpu.matched(values, offsets, row))
+    same = offsets[:, :, None] == row.offsets[:, None, :]
+    at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
+    return jnp.sum(jnp.sum(values * at, axis=0).reshape(-1, form.kept), axis=1)
 
 
 def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
     if not form.tile:
-        return large.dot(form, window, vector)
+        return gpu.dot(form, window, vector)
     values, offsets = form.storage.load(window, vector.dtype)
     places = lax.broadcasted_iota(offsets.dtype, (1, 1, form.size, 1), 2)
     here = offsets[:, :, None] == places
@@ -64,7 +67,7 @@ def combine(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not form.tile:
-        return large.combine(form, window, weights, runs=runs, sums=large.by_digits)
+        return gpu.in_reach(form, window, weights, runs, _by_digits)
     if not _kernels_read(form, weights.dtype):
         return gpu.combine(form, window, weights, runs=runs)
     leaves = reference.cut(_combine(form, window, weights), runs)
@@ -72,6 +75,31 @@ def combine(
         return leaves
     # Else XLA would give the whole vector the shape of each kind of leaf in turn.
     return lax.optimization_barrier(leaves)
+
+
+def _by_digits(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
+    """Return the sum of rows of large blocks, end to end, by products of matrices.
+
+    An offset is a number of two digits. What says which entry has which first digit,
+    times what says which has which second one and how much, is the sum.
+    """
+    blocks, entries = jax.tree.leaves(window)[0].shape
+    low = 2 ** math.ceil(math.log2(form.size) / 2)
+    high = -(-form.size // low)
+
+    def write(out: jax.Array, start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
+        digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
+        offsets = offsets.astype(jnp.uint32)[:, :, None]
+        first, second = offsets // low == digits(high), offsets % low == digits(low)
+        weighted = (values * form.per_entry(weights))[:, :, None]
+        weighted = jnp.where(second, weighted, 0)
+        sums = contract("bnh,bnl->bhl", first.astype(weights.dtype), weighted)
+        sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
+        return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
+
+    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
+    return sweep(blocks, max(1, _MULTIPLIED // entries), zeros, write)
 
 
 def _kernels_read(form: Any, dtype: Any) -> bool:
@@ -85,7 +113,8 @@ def _inner(form: Any, window: Any, row: SparseRow) -> jax.Array:
     part = pl.BlockSpec((group, held, LANES), lambda j, i: (i, j, 0))
     facing = pl.BlockSpec((group, kept, LANES), lambda j, i: (i, 0, 0))
     line = pl.BlockSpec((group, 1, held + -held % LANES), lambda j, i: (i, 0, j))
-    lines = _scales(window)
+    scaled = isinstance(window, ScaledRow)
+    lines = [layout.lines(window.per_entry(jnp.float32))] if scaled else []
 
     def inner(values, offsets, row_values, row_offsets, *refs):
         *scales, out = refs
@@ -96,16 +125,11 @@ def _inner(form: Any, window: Any, row: SparseRow) -> jax.Array:
             out[...] = jnp.zeros_like(out)
 
         def tile(t, _):
-            row = SparseRow(row_values[t], row_offsets[t])
-            places = offsets[t].astype(jnp.int32)
-            at = jnp.zeros(places.shape, jnp.float32)
-            for i in range(kept):
-                # A sum, so that entries of value 0 may share a place with another.
-                here = places == row.offsets[i : i + 1]
-                at += jnp.where(here, row.values[i : i + 1], 0.0)
+            entries, places = layout.floats(values[t]), offsets[t].astype(jnp.int32)
             if scales:
-                at *= layout.column(scales[0][t])[: len(at)]
-            out[...] += layout.floats(values[t]) * at
+                entries *= layout.column(scales[0][t])[:held]
+            row = SparseRow(row_values[t], row_offsets[t])
+            out[...] += gpu.matched(entries, places, row)
             return 0
 
         # Behind the last tile there is nothing to be added.
@@ -119,38 +143,36 @@ def _inner(form: Any, window: Any, row: SparseRow) -> jax.Array:
         grid=(-(-entries // held), -(-tiles // group)),
         in_specs=[part, part, facing, facing, *[line] * len(lines)],
         out_specs=pl.BlockSpec((held, LANES), lambda j, i: (j, 0)),
-        out_shape=struct((entries, LANES), jnp.float32, window.values),
+        out_shape=varying.struct((entries, LANES), jnp.float32, window.values),
     )
     return jnp.sum(jnp.sum(sums, axis=1).reshape(-1, kept), axis=1)
 
 
 def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
     size, (tiles, entries, _) = form.size, window.values.shape
-    held = min(entries, _COMBINE)
+    held, scaled = min(entries, _COMBINE), isinstance(window, ScaledRow)
     group = layout.group(tiles, _width(form) * held + 4 * size)
     part = pl.BlockSpec((group, held, LANES), lambda i, j: (i, j, 0))
-    each = pl.BlockSpec((held, LANES), lambda i, j: (j, 0))
-    weights = jnp.repeat(weights, form.kept)
-    columns = []
-    if lines := _scales(window, weights[None]):
-        (weights,) = lines
-        line = min(weights.shape[2], _COMBINE)
-        each = pl.BlockSpec((group, 1, line), lambda i, j: (i, 0, j))
-        columns = [pltpu.VMEM((line, LANES), jnp.float32)]
+    each = jnp.repeat(weights, form.kept)[None]
+    # One line for all tiles, or with scales one for each.
+    lines = layout.lines(window.per_entry(jnp.float32) * each if scaled else each)
+    line = min(lines.shape[2], _COMBINE)
+    if scaled:
+        line_spec = pl.BlockSpec((group, 1, line), lambda i, j: (i, 0, j))
     else:
-        weights = jnp.broadcast_to(weights[:, None], (entries, LANES))
+        line_spec = pl.BlockSpec((1, 1, line), lambda i, j: (0, 0, j))
     shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
     total = layout.launch(
         _adding(size, form.kept, entries),
-        *(*window[:2], weights),
+        *(*window[:2], lines),
         main=[0, 1],
         # In any order, but for those that add to the same blocks.
         order=("arbitrary",),
         grid=(-(-tiles // group), -(-entries // held)),
-        in_specs=[part, part, each],
+        in_specs=[part, part, line_spec],
         out_specs=layout.vector_spec(group, size),
-        out_shape=struct(shape, jnp.float32, window.values),
-        scratch_shapes=columns,
+        out_shape=varying.struct(shape, jnp.float32, window.values),
+        scratch_shapes=[pltpu.VMEM((line, LANES), jnp.float32)],
     )
     return layout.turn(total, size)
 
@@ -158,15 +180,13 @@ def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
 def _adding(size: int, kept: int, entries: int) -> Any:
     """Return a kernel that adds the held entries of one tile after the other."""
 
-    def combine(values, offsets, weights, out, *columns):
+    def combine(values, offsets, weights, out, column):
         part, held = pl.program_id(1), values.shape[1]
         steps = lax.div(jnp.minimum(held, entries - part * held), _STEP)
         # Entries that do not fill a step come at the end of the last part.
         rest = entries % _STEP
         first_of_rest = (entries - 1) % held + 1 - rest
         last = (part == pl.num_programs(1) - 1).astype(jnp.int32)
-        # Where every tile has weights of its own, they are turned into a column.
-        (column,) = columns or (weights,)
 
         @pl.when(part == 0)
         def _():
@@ -195,23 +215,21 @@ def _adding(size: int, kept: int, entries: int) -> Any:
             before = layout.read(out, t, size, low, high)
             layout.write(out, t, size, before + total, low)
 
+        def turn(t):
+            column[...] = layout.column(weights[t])
+
         def tile(t, _):
-            if columns:
-                column[...] = layout.column(weights[t])
+            if weights.shape[0] > 1:
+                turn(t)
             for low in range(0, size, LANES):
                 strip(t, low)
             return 0
 
+        if weights.shape[0] == 1:
+            turn(0)
         lax.fori_loop(0, values.shape[0], tile, 0)
 
     return combine
-
-
-def _scales(window: Any, weights: Any = 1.0) -> list[jax.Array]:
-    """Return the scales of entries times `weights`, as kernels read them, if any."""
-    if not isinstance(window, ScaledRow):
-        return []
-    return [layout.lines(window.per_entry(jnp.float32) * weights)]
 
 
 def _width(form: Any) -> int:  # bytes of an entry

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import efcp_jax
-from efcp_jax.passes import cpu_feed
+from efcp_jax.passes import cpu
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -212,7 +212,7 @@ def gradient_of(dtype, shape, values=None, errors=None, block=2):
 @pytest.mark.parametrize("narrow", [None, jnp.bfloat16])
 def test_forms_of_every_platform_are_passed_by(narrow, monkeypatch):
     """Tiles of 128 blocks are for kernels, and narrow errors for rounds on CPUs."""
-    monkeypatch.setattr(cpu_feed, "_ENTRIES", 256)
+    monkeypatch.setattr(cpu, "_ENTRIES", 256)
     given = gradient_of(jnp.float32, (1024,), narrow, narrow)
     wanted = gradient_of(jnp.float64, (1024,))
     tolerance = 1e-4 if narrow is None else 0.1

@@ -14,7 +14,7 @@ from tile_cases import Case
 import efcp_jax
 from efcp_jax import quantized
 from efcp_jax.devices.sections import Sections
-from efcp_jax.passes import cpu_feed
+from efcp_jax.passes import cpu
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.forms import Form
 
@@ -39,7 +39,7 @@ def case(request):
 @pytest.fixture(params=ROUNDS)
 def rounds(request, monkeypatch, case):
     units = {"one": 1, "half": -(-case.tiles // 2)}[request.param]
-    monkeypatch.setattr(cpu_feed, "_ENTRIES", units * case.lanes * case.size)
+    monkeypatch.setattr(cpu, "_ENTRIES", units * case.lanes * case.size)
     return units
 
 
@@ -51,11 +51,11 @@ def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
     flat = jnp.asarray(gradient).reshape(-1)
     ends = np.cumsum(2 ** np.arange(cuts) * len(flat) // 2**cuts)
     leaves = [*jnp.split(flat, ends[ends < len(flat)])]
-    assert cpu_feed.feeds(form, error, jnp.dtype("float32"))
+    assert cpu.feeds(form, error, jnp.dtype("float32"))
 
     def run(error, leaves, accept, count):
         sections = Sections(leaves, jnp.dtype("float32"))
-        return cpu_feed.feed(form, error, sections, accept, count)
+        return cpu.feed(form, error, sections, accept, count)
 
     step = jnp.asarray(accept), jnp.int32(count)
     values, offsets, rest = jax.jit(run)(error, leaves, *step)
@@ -148,6 +148,6 @@ def test_training_in_rounds_is_training_at_once(monkeypatch, kind, block_size):
         return updates, state
 
     at_once = train()
-    monkeypatch.setattr(cpu_feed, "_ENTRIES", 700)
+    monkeypatch.setattr(cpu, "_ENTRIES", 700)
     in_rounds = train()
     aliases.assert_equal(in_rounds, at_once)
