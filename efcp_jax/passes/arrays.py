@@ -17,14 +17,8 @@ def finite(
 ) -> jax.Array:
     """Return whether all entries are finite.
 
-    Args:
-        pieces: Makes the entries a few leaves at a time: so CPUs look at them, and add
-            them to the error.
-        packed: Makes the entries in working form, which accelerators make anyway, to
-            look at them in one piece.
-
-    Returns:
-        A boolean.
+    `pieces` makes them a few leaves at a time: so CPUs look at them, and add them to
+    the error. `packed` makes them in working form, as accelerators do anyway.
     """
     return lax.platform_dependent(
         cpu=lambda: all_finite(pieces()),
@@ -48,15 +42,9 @@ def _none_counted(arrays: Iterable[jax.Array]) -> jax.Array:
 
 
 def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]:
-    """Return the power of two that a row is divided by, and its inverse.
+    """Return what a row of `tree` is divided by, and its inverse, in the leaves' dtype.
 
-    Args:
-        tree: Everything that a row will hold.
-        scaled: Whether to divide at all.
-
-    Returns:
-        The least power of two above the largest magnitude, or 0 for zeros, and its
-        inverse; ones if not `scaled`. In the dtype of the leaves.
+    The least power of two above the largest magnitude, 0 for zeros; if not `scaled`, 1.
     """
     leaves = jax.tree.leaves(tree)
     dtype = jnp.result_type(leaves[0]) if leaves else jnp.float32
@@ -82,17 +70,8 @@ def overwrite(
     On CPUs, XLA fuses a write with each of the readers of its result, which then make
     it anew from a copy of `array` each. A branch is where fusion ends, and no work at
     all where nothing is written. An accelerator would have to ask the host which branch
-    to take, so there the choice is between values.
-
-    Args:
-        accept: Whether to write, a boolean.
-        write: From `array` and `values` to the array overwritten.
-        select: The same if `accept`; else `array`, as a choice between values.
-        array: What is overwritten.
-        *values: What is written.
-
-    Returns:
-        Array of the shape and dtype of `array`.
+    to take, so there the choice is between values: `select` makes it, and `write` does
+    not ask. Both take `array` and `values`.
     """
 
     def branch(array: jax.Array, *values: jax.Array) -> jax.Array:
@@ -106,17 +85,9 @@ def overwrite(
 def insert(
     rows: jax.Array, row: jax.Array, slot: jax.Array, axis: int, accept: jax.Array
 ) -> jax.Array:
-    """Return `rows` with `row` at `slot` if `accept`; in place if they are donated.
+    """Return `rows`, laid end to end along `axis`, with `row` at `slot` if `accept`.
 
-    Args:
-        rows: Rows laid end to end along `axis`.
-        row: One row, shorter than `rows` along `axis` and of the same size else.
-        slot: Number of the row to overwrite, int32.
-        axis: The axis of rows.
-        accept: Whether to write, a boolean.
-
-    Returns:
-        Array of the shape and dtype of `rows`.
+    In place if they are donated.
     """
     size = row.shape[axis]
     write = lambda rows, row, slot: lax.dynamic_update_slice_in_dim(
@@ -150,15 +121,8 @@ def add(
 ) -> jax.Array:
     """Return `array` plus another, if `accept`; what overflows is the largest number.
 
-    Args:
-        array: Shape `(n, ...)`.
-        pieces: Makes the other in parts that lie end to end along the first axis, for
-            CPUs, which add one after the other.
-        whole: Makes the other in one, for accelerators.
-        accept: Whether to add, a boolean.
-
-    Returns:
-        Array of the shape and dtype of `array`.
+    `pieces` makes the other in parts that lie end to end along the first axis, for
+    CPUs, which add one after the other; `whole` in one, for accelerators.
     """
 
     def in_place(array: jax.Array) -> jax.Array:
@@ -186,17 +150,8 @@ def subtract_products(
 ) -> jax.Array:
     """Return `batch` minus `factor` $L^T R$ for each pair of thin factors, in one pass.
 
-    A product of few rows is no work for a library, which would return it in an array as
-    large as the batch.
-
-    Args:
-        batch: Shape `(g, rows, cols)`.
-        left: Shape `(g, r, rows)`.
-        right: Shape `(g, r, cols)`.
-        factor: A scalar.
-
-    Returns:
-        Array of the shape and dtype of `batch`.
+    The batch is `(g, rows, cols)`, the factors `(g, r, rows)` and `(g, r, cols)`. Such
+    a product is no work for a library, which would return an array as large.
     """
 
     def one_by_one(batch: jax.Array) -> jax.Array:

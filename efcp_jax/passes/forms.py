@@ -119,11 +119,11 @@ class Form:
         return self._by_platform("residual", vector, values, offsets)
 
     def inner(self, window: Stored, row: SparseRow) -> jax.Array:
-        """Return the products of stored rows with a loaded row, `(m,)`, in its dtype."""
+        """Return the products of stored rows with a loaded one, `(m,)` in its dtype."""
         return self._by_platform("inner", window, row)
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:
-        """Return the products of stored rows with a vector, `(m,)`, in its dtype."""
+        """Return the products of stored rows with a vector, `(m,)` in its dtype."""
         return self._by_platform("dot", window, vector)
 
     def combine(self, window: Stored, weights: jax.Array, runs: Any) -> list[jax.Array]:

@@ -1,10 +1,10 @@
 """The entries of largest magnitude of every row of an array.
 
 A few are found by rounds of maxima, many by bisection on bits, and on TPUs by sorting,
-which moves a quarter of what bisection does there. On CPUs it is done on one core, and
-on GPUs it takes four times the memory. Bisection is comparisons, counts and gathers of
-whole arrays, which XLA vectorises, fuses and spreads over cores: on CPUs a third of the
-time of sorting for blocks of 4096, a sixth for one block of everything.
+which moves a quarter of what bisection does there; it takes one core of a CPU, and on
+GPUs four times the memory. Bisection is comparisons, counts and gathers of whole
+arrays, which XLA vectorises, fuses and spreads over cores: on CPUs a third of the time
+of sorting for blocks of 4096, a sixth for one block of everything.
 
 A threshold that the k largest reach is found bit by bit; the positions of the entries
 that reach it are read off a bit mask by counting set bits. Two levels, first among the
@@ -12,6 +12,7 @@ maxima of groups and then among the entries of the groups that are left, make mo
 the counting small: one level alone takes five times as long.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -44,30 +45,24 @@ def magnitudes(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) & jnp.iinfo(dtype).max
 
 
-def largest(vector: jax.Array, kept: int, rounds: int = 0) -> jax.Array:
-    """Return the offsets of the `kept` entries of largest magnitude of every row.
-
-    Among equal magnitudes the first come first, so the set is that of `lax.top_k`.
-
-    Args:
-        vector: Shape `(rows, size)`.
-        kept: Number of entries kept of each row, in [1, size].
-        rounds: Up to how many of them rounds of maxima take less time.
-
-    Returns:
-        Array of shape `(rows, kept)`, int32, ascending.
-    """
-    if kept <= rounds:
-        return _by_rounds(vector, kept)
-    sort, bisect = (lambda x, f=f: f(x, kept) for f in (_by_sorting, _by_bisection))
-    return lax.platform_dependent(vector, tpu=sort, default=bisect)
-
-
 def select(form: Any, vector: jax.Array, rounds: int) -> tuple[jax.Array, jax.Array]:
     """Return the entries of largest magnitude of every block; see `forms.Form`."""
     offsets = largest(vector, form.kept, rounds if form.tile else 0)
     values = jnp.take_along_axis(vector, offsets, axis=1, mode="promise_in_bounds")
     return form.from_blocks(values), form.from_blocks(offsets)
+
+
+def largest(vector: jax.Array, kept: int, rounds: int = 0) -> jax.Array:
+    """Return the ascending offsets of the `kept` largest entries of every row, int32.
+
+    Among equal magnitudes the first come first, so the set is that of `lax.top_k`. Up
+    to `rounds` of them rounds of maxima take less time.
+    """
+    if kept <= rounds:
+        return _by_rounds(vector, kept)
+    sort = functools.partial(_by_sorting, kept=kept)
+    bisect = functools.partial(_by_bisection, kept=kept)
+    return lax.platform_dependent(vector, tpu=sort, default=bisect)
 
 
 def _by_sorting(vector: jax.Array, kept: int) -> jax.Array:
@@ -90,11 +85,6 @@ def _by_rounds(vector: jax.Array, kept: int) -> jax.Array:
 
 
 def _by_bisection(vector: jax.Array, kept: int) -> jax.Array:
-    """Return what `largest` does.
-
-    They lie in the `kept` groups of largest maximum: each of those groups has an
-    entry that comes before all entries of the other groups.
-    """
     count, size = vector.shape
     if kept == size:
         return jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (count, size))
@@ -108,7 +98,9 @@ def _by_bisection(vector: jax.Array, kept: int) -> jax.Array:
     bits = jnp.pad(bits, [(0, 0), (0, groups * group - size)], constant_values=-1)
     bits = bits.reshape(count, groups, group)
     room = min(groups, max(kept + 1, round(_SLACK * kept)))
-    # As many groups as are wanted of the entries reach `low`, so as many entries do.
+    # The entries lie in the `kept` groups of largest maximum: each of those groups has
+    # an entry that comes before all entries of the others. As many groups as are wanted
+    # of the entries reach `low`, so as many entries do.
     chosen, low = _positions(jnp.max(bits, axis=2), kept, room, low)
     take = lambda entries, index: entries.at[index].get(mode="fill", fill_value=-1)
     candidates = jax.vmap(take)(bits, chosen).reshape(count, room * group)
@@ -156,8 +148,7 @@ def _threshold(bits: jax.Array, least: int, most: int, low: jax.Array) -> jax.Ar
         words = bits.reshape(rows, -1, _WORD) - middle[:, None, None]
         count = size + _count(_count(words >> width, axis=2), axis=1)
         enough = count >= least
-        low = jnp.where(enough, middle, low)
-        high = jnp.where(enough, high, middle - 1)
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
         middle = high - ((high - low) >> 1)
         return low, high, middle, jnp.where(enough, count, reached)
 
@@ -185,11 +176,8 @@ def _count(x: jax.Array, axis: int) -> jax.Array:
 def _words(mask: jax.Array) -> jax.Array:
     """Return the rows of `mask` in words, the first entry in the lowest bit."""
     lanes = jnp.arange(_WORD, dtype=jnp.uint32)[None, None]
-    return jnp.sum(
-        mask.reshape(len(mask), -1, _WORD).astype(jnp.uint32) << lanes,
-        axis=2,
-        dtype=jnp.uint32,
-    )
+    bits = mask.reshape(len(mask), -1, _WORD).astype(jnp.uint32)
+    return jnp.sum(bits << lanes, axis=2, dtype=jnp.uint32)
 
 
 def _nth(words: jax.Array, rank: jax.Array) -> jax.Array:
@@ -197,18 +185,18 @@ def _nth(words: jax.Array, rank: jax.Array) -> jax.Array:
 
     At least the number of bits of a row where that many bits are not set.
     """
-    set_bits = lax.population_count(words).astype(jnp.int32)
+    count = lambda words: lax.population_count(words).astype(jnp.int32)
+    set_bits = count(words)
     ends = jnp.cumsum(set_bits, axis=1, dtype=jnp.int32)
     method = "compare_all" if words.shape[1] <= 64 else "scan"
-    word = jax.vmap(
-        lambda end, r: jnp.searchsorted(end, r, side="right", method=method)
-    )(ends, rank).astype(jnp.int32)
+    search = functools.partial(jnp.searchsorted, side="right", method=method)
+    word = jax.vmap(search)(ends, rank).astype(jnp.int32)
     take = lambda array: jnp.take_along_axis(array, word, axis=1, mode="clip")
     rest, rank = take(words), rank - take(ends - set_bits)
     place = jnp.zeros_like(rank)
     for step in (16, 8, 4, 2, 1):
         low = rest & jnp.uint32(2**step - 1)
-        below = lax.population_count(low).astype(jnp.int32)
+        below = count(low)
         ahead = rank >= below
         rank = jnp.where(ahead, rank - below, rank)
         rest = jnp.where(ahead, rest >> step, low)
