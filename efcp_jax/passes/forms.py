@@ -90,14 +90,11 @@ class Form:
         """Return the entries at `offsets` of blocks laid end to end."""
         return vector.at[self.positions(offsets)].get(mode="promise_in_bounds")
 
-    def place(
-        self, values: jax.Array, offsets: jax.Array, out: jax.Array | None = None
-    ) -> jax.Array:
-        """Return `out`, or zeros, with the entries of a row added, laid end to end."""
-        size = values.size // values.shape[1] * self.size
-        out = jnp.zeros(size, values.dtype) if out is None else out
+    def place(self, values: jax.Array, offsets: jax.Array) -> jax.Array:
+        """Return zeros with the entries of a row added, laid end to end."""
+        zeros = jnp.zeros(values.size // values.shape[1] * self.size, values.dtype)
         # Entries of a row lie at places of their own, or are zeros: not written.
-        return out.at[self.positions(offsets)].add(
+        return zeros.at[self.positions(offsets)].add(
             values, mode="promise_in_bounds", unique_indices=True
         )
 

@@ -44,7 +44,8 @@ def residual(
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
     if not form.tile:
-        return _gathered(form, window, row)
+        blocks = lambda *at: form.place(*part(row, *at))
+        return _gathered(form, window, blocks, row.values.dtype)
     if form.kept > MOST_MATCHES:
         return dot(form, window, _spread(form, *row))
     values, offsets = form.storage.load(window, row.values.dtype)
@@ -66,16 +67,20 @@ def by_row(form: Any, products: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, form.kept), axis=1)
 
 
-def _gathered(form: Any, window: Stored, row: SparseRow) -> jax.Array:
+def _gathered(form: Any, window: Stored, vector: Any, dtype: Any) -> jax.Array:
+    """Return products with blocks of which `vector(first, number)` returns the entries.
+
+    Of a window of large blocks.
+    """
     blocks, entries = jax.tree.leaves(window)[0].shape
 
     def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
-        values, offsets = form.storage.load(part(window, start, chunk), total.dtype)
-        vector = form.place(*part(row, start, chunk))
-        return total + jnp.sum(values * form.taken(vector, offsets), axis=0)
+        values, offsets = form.storage.load(part(window, start, chunk), dtype)
+        at = form.taken(vector(start, chunk), offsets)
+        return total + jnp.sum(values * at, axis=0)
 
     chunk = max(1, min(_GATHERED // entries, indexed(form.size)))
-    zeros = varying.like(window, jnp.zeros(entries, row.values.dtype))
+    zeros = varying.like(window, jnp.zeros(entries, dtype))
     total = sweep(blocks, chunk, zeros, add)
     return jnp.sum(total.reshape(-1, form.kept), axis=1)
 
@@ -84,9 +89,8 @@ def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
     if form.tile:
         return reference.dot(form, window, vector)
-    one = lambda slot: reference.dot(form, _row(form, window, slot), vector)[0]
-    rows = jax.tree.leaves(window)[0].shape[1] // form.kept
-    return lax.map(one, jnp.arange(rows, dtype=jnp.int32))
+    blocks = lambda *at: part(vector, *at).reshape(-1)
+    return _gathered(form, window, blocks, vector.dtype)
 
 
 def combine(
@@ -94,35 +98,22 @@ def combine(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not form.tile:
-        return in_reach(form, window, weights, runs, _row_by_row)
+        return reference.cut(_row_by_row(form, window, weights), runs)
     values, offsets = form.storage.load(window, weights.dtype)
     sums = _spread(form, values * form.per_entry(weights), offsets)
     return reference.cut(sums, runs)
 
 
-def in_reach(
-    form: Any, window: Stored, weights: jax.Array, runs: Any, sums: Any
-) -> list[jax.Array]:
-    """Return the leaves of `sums` of as many blocks at once as indices reach."""
-    most, count = indexed(form.size), len(jax.tree.leaves(window)[0])
-    some = lambda first: jax.tree.map(lambda x: x[first : first + most], window)
-    parts = [sums(form, some(first), weights) for first in range(0, count, most)]
-    return reference.cut(jnp.concatenate(parts), runs)
-
-
 def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
     def add(i: Any, total: jax.Array) -> jax.Array:
-        values, offsets = form.storage.load(_row(form, window, i), weights.dtype)
-        return form.place(values * weights[i], offsets, total)
+        one = lambda x: lax.dynamic_slice_in_dim(x, i * form.kept, form.kept, axis=1)
+        row = jax.tree.map(one, window)
+        values, offsets = form.storage.load(row, weights.dtype)
+        return reference.residual(form, total, -weights[i] * values, offsets)
 
     blocks = len(jax.tree.leaves(window)[0])
-    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
+    zeros = varying.like(window, jnp.zeros((blocks, form.size), weights.dtype))
     return lax.fori_loop(0, len(weights), add, zeros)
-
-
-def _row(form: Any, window: Stored, slot: Any) -> Stored:
-    some = lambda x: lax.dynamic_slice_in_dim(x, slot * form.kept, form.kept, axis=1)
-    return jax.tree.map(some, window)
 
 
 def _spread(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:

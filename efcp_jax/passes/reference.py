@@ -31,7 +31,10 @@ def residual(
     form: Any, vector: jax.Array, values: jax.Array, offsets: jax.Array
 ) -> jax.Array:
     """Return `vector` less the `values` at their places, which are of one row."""
-    return _at(form, vector, offsets).add(-form.blocks(values), unique_indices=True)
+    # Unsigned and in reach: nothing is compared with the ends of a block.
+    return _at(form, vector, offsets).add(
+        -form.blocks(values), mode="promise_in_bounds", unique_indices=True
+    )
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
@@ -42,7 +45,6 @@ def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
 def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
     values, offsets = map(form.blocks, form.storage.load(window, vector.dtype))
-    # Unsigned and in reach: nothing is compared with the ends of a block.
     places = offsets.astype(jnp.uint32)
     taken = jnp.take_along_axis(vector, places, axis=1, mode="promise_in_bounds")
     products = (values * taken).reshape(len(vector), -1, form.kept)
@@ -70,5 +72,5 @@ def _scatter(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
 
 
 def _at(form: Any, vector: jax.Array, offsets: jax.Array) -> Any:
-    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
-    return vector.at[block, form.blocks(offsets).astype(jnp.int32)]
+    block = jnp.arange(len(vector), dtype=jnp.uint32)[:, None]
+    return vector.at[block, form.blocks(offsets).astype(jnp.uint32)]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from efcp_jax import varying
 from efcp_jax.devices.sections import part, sweep
 from efcp_jax.experimental import pl, pltpu
-from efcp_jax.numerics import contract
+from efcp_jax.numerics import contract, indexed
 from efcp_jax.passes import gpu, reference, tpu_tiles as layout
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored
 from efcp_jax.passes.gpu import residual as residual, select as select
@@ -67,7 +67,11 @@ def combine(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not form.tile:
-        return gpu.in_reach(form, window, weights, runs, _by_digits)
+        # Of as many blocks at once as an index reaches.
+        most, count = indexed(form.size), len(jax.tree.leaves(window)[0])
+        some = lambda i: jax.tree.map(lambda x: x[i : i + most], window)
+        sums = [_by_digits(form, some(i), weights) for i in range(0, count, most)]
+        return reference.cut(jnp.concatenate(sums), runs)
     if not _kernels_read(form, weights.dtype):
         return gpu.combine(form, window, weights, runs=runs)
     leaves = reference.cut(_combine(form, window, weights), runs)
