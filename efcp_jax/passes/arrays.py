@@ -20,9 +20,15 @@ def finite(
     `pieces` makes them a few leaves at a time: so CPUs look at them, and add them to
     the error. `packed` makes them in working form, as accelerators do anyway.
     """
+
+    def none_counted() -> jax.Array:
+        # Accelerators reduce truth values by way of an array of them; a sum of floats
+        # they join with whatever else is read. It cannot fall back to zero.
+        faults = [jnp.sum((~jnp.isfinite(x)).astype(jnp.float32)) for x in packed()]
+        return sum(faults, jnp.zeros((), jnp.float32)) == 0
+
     return lax.platform_dependent(
-        cpu=lambda: all_finite(pieces()),
-        default=lambda: _none_counted(packed()),
+        cpu=lambda: all_finite(pieces()), default=none_counted
     )
 
 
@@ -32,13 +38,6 @@ def all_finite(arrays: Iterable[jax.Array]) -> jax.Array:
     # devices where its partitioner does the spreading.
     each = [jnp.all(jnp.isfinite(array)) for array in arrays]
     return functools.reduce(jnp.logical_and, each, jnp.asarray(True))
-
-
-def _none_counted(arrays: Iterable[jax.Array]) -> jax.Array:
-    # Accelerators reduce truth values by way of an array of them; a sum of floats they
-    # join with whatever else is read of the entries. It cannot fall back to zero.
-    each = [jnp.sum((~jnp.isfinite(array)).astype(jnp.float32)) for array in arrays]
-    return sum(each, jnp.zeros((), jnp.float32)) == 0
 
 
 def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]:

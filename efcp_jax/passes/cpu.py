@@ -4,11 +4,11 @@ What is touched in one round is a few blocks, so that temporaries are small, and
 are taken entry by entry, which vectorises. XLA's scattered addition takes 2 to 3 ns an
 entry here, a comparison with every place of a small block fifty times that.
 
-An error of less than 32 bits is widened, added to, selected from and rounded again a
-few blocks at a time, and written where it lies. In passes over the whole of it, it
-would be a vector of float32 in between.
+So is an error of less than 32 bits widened, added to, selected from and rounded again:
+in passes over the whole of it, it would be a vector of float32 in between.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -42,9 +42,7 @@ _ENTRIES = 1 << 20
 _MOST_ROUNDS = 64
 
 
-def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the entries of largest magnitude of every block."""
-    return selection.select(form, vector, _MOST_ARGMAX)
+select = functools.partial(selection.select, rounds=_MOST_ARGMAX)
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
@@ -72,8 +70,6 @@ def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
 
 def _summed(form: Any, window: Stored, products: Any, dtype: Any) -> jax.Array:
     """Return the sum for each row of `products(values, offsets, first unit, units)`."""
-    # Sums of whole chunks, entry by entry, are vectorised. A sum along a row would
-    # wait for each addition.
     units, *shape = jax.tree.leaves(window)[0].shape
 
     def of(start: Any, chunk: int) -> jax.Array:
@@ -81,13 +77,14 @@ def _summed(form: Any, window: Stored, products: Any, dtype: Any) -> jax.Array:
         return products(values, offsets, start, chunk)
 
     # A sum over blocks and then over entries takes three times as long as one of both.
-    by_row = lambda x: jnp.sum(
-        x.reshape(len(x), -1, form.kept * form.lanes), axis=(0, 2)
-    )
+    rows = lambda x: x.reshape(len(x), -1, form.kept * form.lanes)
+    by_row = lambda x: jnp.sum(rows(x), axis=(0, 2))
+    # Sums of whole chunks, entry by entry, are vectorised. A sum along a row would
+    # wait for each addition.
     add = lambda total, start, chunk: total + of(start, chunk)
     chunk = _INNER // (shape[0] * form.lanes)
-    chunk = min(chunk, units // _FEWEST_ROUNDS, indexed(form.size * form.lanes))
-    chunk = max(1, chunk)
+    most = min(units // _FEWEST_ROUNDS, indexed(form.size * form.lanes))
+    chunk = max(1, min(chunk, most))
     whole = units // chunk * chunk
     zeros = varying.like(window, jnp.zeros((chunk, *shape), dtype))
     total = by_row(sweep(whole, chunk, zeros, add))

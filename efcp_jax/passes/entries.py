@@ -1,12 +1,10 @@
 """How the entries of sparse rows are stored: in two arrays, three, or one of words.
 
-A word holds an offset in its upper and a value of half precision in its lower 16 bits,
-so an entry is one number to load, and CPUs overwrite a row in one array, not in two.
-
-Values of 8 bits have a third array: each row a power of two for every tile, that of its
-largest value there, so values of any magnitude can be stored, and multiplying rounds
-nothing. It takes no memory to speak of. One for a whole row would not do: layers differ
-in the magnitude of their gradients, and devices would have to ask each other.
+A word holds an offset in its upper and a value of half precision in its lower 16 bits:
+one number to load, and one array to overwrite. Values of 8 bits have a third array, the
+power of two of the largest value of each row in each tile, so that values of any
+magnitude can be stored, and multiplying rounds nothing. One for a whole row would not
+do: layers differ in magnitude, and devices would have to ask each other.
 """
 
 from collections.abc import Callable
@@ -39,13 +37,9 @@ _NO_DERIVATIVE = (
 
 
 class SparseRow(NamedTuple):
-    """The kept entries of every block.
+    """The kept entries of every block, and their positions inside it.
 
-    Attributes:
-        values: The entries, shape `(blocks, k)` or `(tiles, k, lanes)`; a window of m
-            rows has m k in place of k.
-        offsets: Their positions inside the block, of the same shape, in the smallest
-            unsigned type that holds the block size.
+    Of shape `(blocks, k)` or `(tiles, k, lanes)`; a window of m rows has m k for k.
     """
 
     values: jax.Array
@@ -53,12 +47,9 @@ class SparseRow(NamedTuple):
 
 
 class ScaledRow(NamedTuple):
-    """The kept entries of every block, with values of 8 bits.
+    """The same in tiles with values of 8 bits, over the powers of two in `scales`.
 
-    Attributes:
-        values: The entries over the scale of their tile, shape `(tiles, m k, lanes)`.
-        offsets: Their positions inside the block, of the same shape.
-        scales: The power of two of each tile, bfloat16, shape `(tiles, m)`.
+    These are of bfloat16, one for each tile and row, `(tiles, m)`.
     """
 
     values: jax.Array
@@ -85,7 +76,8 @@ class Storage:
     @classmethod
     def of(cls, dtype: np.dtype, block_size: int) -> "Storage":
         """Return the smallest storage of values of `dtype` and offsets of a block."""
-        return cls(dtype, offset_dtype(block_size))
+        least = np.min_scalar_type(block_size - 1)
+        return cls(dtype, least if least.itemsize < 4 else np.dtype(np.int32))
 
     @property
     def words(self) -> bool:
@@ -141,12 +133,6 @@ class Storage:
             bits = (stored & 0xFFFF).astype(jnp.uint16)
             values = lax.bitcast_convert_type(bits, self.values)
         return values.astype(dtype), stored >> 16
-
-
-def offset_dtype(block_size: int) -> np.dtype:
-    """Return the smallest dtype that holds every offset of a block."""
-    found = np.min_scalar_type(block_size - 1)
-    return found if found.itemsize < 4 else np.dtype(np.int32)
 
 
 def quantise(values: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:

@@ -144,23 +144,13 @@ class Form:
         sections: Callable[[Any], Any],
         dtype: np.dtype,
     ) -> tuple[Any, jax.Array, Any]:
-        """Return the row and the scale of `error` plus `tree`, and what is left.
+        """Do what `Space.feed` does, but for the basis, in `dtype`.
 
         TPUs do it in one pass over all, CPUs over some blocks after others where the
         error is narrow. Their `feed` returns values, rounded, and offsets of the row,
-        float32 and int32, and the new error.
-
-        Args:
-            tree: The gradient.
-            error: Shape `(blocks, size)`, as it is kept.
-            accept: Whether to add the gradient and to take anything away.
-            count: The number of the step, by which an error of 8 bits is rounded.
-            by_parts: From these four to the result, in pass after pass. A derivative is
-                that of this form.
-            finish: From values and offsets to the row as it is stored, and its scale.
-            gradient: From `tree` to shape `(blocks, size)`, for TPUs.
-            sections: From `tree` to what reads it in parts, for CPUs.
-            dtype: The working dtype.
+        float32 and int32, of which `finish` makes the row as it is stored and its
+        scale; `gradient` and `sections` are how they read `tree`. The others do it
+        `by_parts`, in pass after pass, and a derivative is that of this form.
         """
 
         def fed(module: Any, read: Callable[[Any], Any]) -> Callable[..., Any]:

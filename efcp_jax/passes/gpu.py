@@ -1,11 +1,14 @@
-"""Passes on GPUs, each sum in one fixed order, which atomics would not have.
+"""Passes by XLA alone on GPUs, and over large blocks on TPUs.
 
-Comparing each entry with every place of a small block takes no temporary, and less time
-than the bytes of the window while the window has a few hundred rows. In blocks of more
-than 256 entries rows are scattered one after another: their entries lie at places of
-their own.
+Each sum is in one fixed order, which atomics would not have. Comparing each entry with
+every place of a small block takes no temporary, and less time than the bytes of the
+window while the window has a few hundred rows. In blocks of more than 256 entries GPUs
+scatter row after row, whose entries lie at places of their own; TPUs, slow at gathers
+and scatters, compare offsets and multiply.
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 
 from efcp_jax import varying
 from efcp_jax.devices.sections import part, sweep
-from efcp_jax.numerics import indexed
+from efcp_jax.numerics import contract, indexed
 from efcp_jax.passes import reference, selection
 from efcp_jax.passes.entries import SparseRow, Stored
 
@@ -23,13 +26,13 @@ from efcp_jax.passes.entries import SparseRow, Stored
 # them takes less time than a gather.
 MOST_MATCHES = 8
 
-# Entries of a window gathered at a time, to keep all cores busy.
+# Entries of a window gathered at a time, to keep all cores busy, and of one of which
+# sums are made at a time by products.
 _GATHERED = 1 << 24
+_MULTIPLIED = 1 << 20
 
 
-def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the entries of largest magnitude of every block."""
-    return selection.select(form, vector, MOST_MATCHES)
+select = functools.partial(selection.select, rounds=MOST_MATCHES)
 
 
 def residual(
@@ -68,10 +71,7 @@ def by_row(form: Any, products: jax.Array) -> jax.Array:
 
 
 def _gathered(form: Any, window: Stored, vector: Any, dtype: Any) -> jax.Array:
-    """Return products with blocks of which `vector(first, number)` returns the entries.
-
-    Of a window of large blocks.
-    """
+    """Return products with the entries that `vector(first block, blocks)` returns."""
     blocks, entries = jax.tree.leaves(window)[0].shape
 
     def add(total: jax.Array, start: Any, chunk: int) -> jax.Array:
@@ -82,6 +82,15 @@ def _gathered(form: Any, window: Stored, vector: Any, dtype: Any) -> jax.Array:
     chunk = max(1, min(_GATHERED // entries, indexed(form.size)))
     zeros = varying.like(window, jnp.zeros(entries, dtype))
     total = sweep(blocks, chunk, zeros, add)
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+
+
+def compared(form: Any, window: Stored, row: SparseRow) -> jax.Array:
+    """Return what `inner` does, by comparing every two entries of a large block."""
+    values, offsets = form.storage.load(window, row.values.dtype)
+    same = offsets[:, :, None] == row.offsets[:, None, :]
+    at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
+    total = jnp.sum(values * at, axis=0)
     return jnp.sum(total.reshape(-1, form.kept), axis=1)
 
 
@@ -114,6 +123,36 @@ def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
     blocks = len(jax.tree.leaves(window)[0])
     zeros = varying.like(window, jnp.zeros((blocks, form.size), weights.dtype))
     return lax.fori_loop(0, len(weights), add, zeros)
+
+
+def by_digits(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
+    """Return the sum of rows of large blocks, end to end, by products of matrices.
+
+    An offset is a number of two digits. What says which entry has which first digit,
+    times what says which has which second one and how much, is the sum.
+    """
+    blocks, entries = jax.tree.leaves(window)[0].shape
+    most = indexed(form.size)
+    if blocks > most:
+        some = lambda i: jax.tree.map(lambda x: x[i : i + most], window)
+        sums = [by_digits(form, some(i), weights) for i in range(0, blocks, most)]
+        return jnp.concatenate(sums)
+    low = 2 ** math.ceil(math.log2(form.size) / 2)
+    high = -(-form.size // low)
+
+    def write(out: jax.Array, start: Any, chunk: int) -> jax.Array:
+        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
+        digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
+        offsets = offsets.astype(jnp.uint32)[:, :, None]
+        first, second = offsets // low == digits(high), offsets % low == digits(low)
+        weighted = (values * form.per_entry(weights))[:, :, None]
+        weighted = jnp.where(second, weighted, 0)
+        sums = contract("bnh,bnl->bhl", first.astype(weights.dtype), weighted)
+        sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
+        return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
+
+    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
+    return sweep(blocks, max(1, _MULTIPLIED // entries), zeros, write)
 
 
 def _spread(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:

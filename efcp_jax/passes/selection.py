@@ -1,10 +1,8 @@
 """The entries of largest magnitude of every row of an array.
 
 A few are found by rounds of maxima, many by bisection on bits, and on TPUs by sorting,
-which moves a quarter of what bisection does there; it takes one core of a CPU, and on
-GPUs four times the memory. Bisection is comparisons, counts and gathers of whole
-arrays, which XLA vectorises, fuses and spreads over cores: on CPUs a third of the time
-of sorting for blocks of 4096, a sixth for one block of everything.
+which moves a quarter of what bisection does there; on CPUs it takes three to six times
+as long, and on GPUs four times the memory.
 
 A threshold that the k largest reach is found bit by bit; the positions of the entries
 that reach it are read off a bit mask by counting set bits. Two levels, first among the

@@ -17,9 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax import varying
-from efcp_jax.devices.sections import part, sweep
 from efcp_jax.experimental import pl, pltpu
-from efcp_jax.numerics import contract, indexed
 from efcp_jax.passes import gpu, reference, tpu_tiles as layout
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored
 from efcp_jax.passes.gpu import residual as residual, select as select
@@ -35,20 +33,15 @@ _COMBINE = 1024
 # Entries loaded at a time to be added. Loads of 8-bit numbers take 32 sublanes.
 _STEP = 32
 
-# Entries of a window of large blocks of which sums are made at a time.
-_MULTIPLIED = 1 << 20
-
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     """Return the inner products of the rows of `window` with `row`."""
+    if not form.tile:
+        return gpu.compared(form, window, row)
     if _kernels_read(form, row.values.dtype):
         return _inner(form, window, row)
     values, offsets = form.storage.load(window, row.values.dtype)
-    if form.tile:
-        return gpu.by_row(form, gpu.matched(values, offsets, row))
-    same = offsets[:, :, None] == row.offsets[:, None, :]
-    at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
-    return jnp.sum(jnp.sum(values * at, axis=0).reshape(-1, form.kept), axis=1)
+    return gpu.by_row(form, gpu.matched(values, offsets, row))
 
 
 def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
@@ -67,11 +60,7 @@ def combine(
 ) -> list[jax.Array]:
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not form.tile:
-        # Of as many blocks at once as an index reaches.
-        most, count = indexed(form.size), len(jax.tree.leaves(window)[0])
-        some = lambda i: jax.tree.map(lambda x: x[i : i + most], window)
-        sums = [_by_digits(form, some(i), weights) for i in range(0, count, most)]
-        return reference.cut(jnp.concatenate(sums), runs)
+        return reference.cut(gpu.by_digits(form, window, weights), runs)
     if not _kernels_read(form, weights.dtype):
         return gpu.combine(form, window, weights, runs=runs)
     leaves = reference.cut(_combine(form, window, weights), runs)
@@ -79,31 +68,6 @@ def combine(
         return leaves
     # Else XLA would give the whole vector the shape of each kind of leaf in turn.
     return lax.optimization_barrier(leaves)
-
-
-def _by_digits(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
-    """Return the sum of rows of large blocks, end to end, by products of matrices.
-
-    An offset is a number of two digits. What says which entry has which first digit,
-    times what says which has which second one and how much, is the sum.
-    """
-    blocks, entries = jax.tree.leaves(window)[0].shape
-    low = 2 ** math.ceil(math.log2(form.size) / 2)
-    high = -(-form.size // low)
-
-    def write(out: jax.Array, start: Any, chunk: int) -> jax.Array:
-        values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
-        digits = lambda n: lax.broadcasted_iota(jnp.uint32, (1, 1, n), 2)
-        offsets = offsets.astype(jnp.uint32)[:, :, None]
-        first, second = offsets // low == digits(high), offsets % low == digits(low)
-        weighted = (values * form.per_entry(weights))[:, :, None]
-        weighted = jnp.where(second, weighted, 0)
-        sums = contract("bnh,bnl->bhl", first.astype(weights.dtype), weighted)
-        sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
-        return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
-
-    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
-    return sweep(blocks, max(1, _MULTIPLIED // entries), zeros, write)
 
 
 def _kernels_read(form: Any, dtype: Any) -> bool:
@@ -157,14 +121,13 @@ def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
     held, scaled = min(entries, _COMBINE), isinstance(window, ScaledRow)
     group = layout.group(tiles, _width(form) * held + 4 * size)
     part = pl.BlockSpec((group, held, LANES), lambda i, j: (i, j, 0))
-    each = jnp.repeat(weights, form.kept)[None]
     # One line for all tiles, or with scales one for each.
-    lines = layout.lines(window.per_entry(jnp.float32) * each if scaled else each)
+    weights = jnp.repeat(weights, form.kept)[None]
+    weights = window.per_entry(jnp.float32) * weights if scaled else weights
+    lines = layout.lines(weights)
     line = min(lines.shape[2], _COMBINE)
-    if scaled:
-        line_spec = pl.BlockSpec((group, 1, line), lambda i, j: (i, 0, j))
-    else:
-        line_spec = pl.BlockSpec((1, 1, line), lambda i, j: (0, 0, j))
+    own = group if scaled else 1
+    each = pl.BlockSpec((own, 1, line), lambda i, j: (i if scaled else 0, 0, j))
     shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
     total = layout.launch(
         _adding(size, form.kept, entries),
@@ -173,7 +136,7 @@ def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
         # In any order, but for those that add to the same blocks.
         order=("arbitrary",),
         grid=(-(-tiles // group), -(-entries // held)),
-        in_specs=[part, part, line_spec],
+        in_specs=[part, part, each],
         out_specs=layout.vector_spec(group, size),
         out_shape=varying.struct(shape, jnp.float32, window.values),
         scratch_shapes=[pltpu.VMEM((line, LANES), jnp.float32)],
@@ -205,8 +168,16 @@ def _adding(size: int, kept: int, entries: int) -> Any:
                 span = pl.ds(first, count)
                 weighted = layout.floats(values[t, span, :]) * column[span, :]
                 places = offsets[t, span, :].astype(jnp.int32)
+                # Of one row no two are at one place: they are chosen one over the
+                # other and added at once, which saves most of the additions.
                 distinct = math.gcd(kept, _STEP)
-                return layout.add(places, weighted, entry, distinct, total)
+                for n in range(0, count, distinct):
+                    chosen = jnp.zeros((), jnp.float32)
+                    for i in range(n, n + distinct):
+                        here = places[i : i + 1] == entry
+                        chosen = jnp.where(here, weighted[i : i + 1], chosen)
+                    total += chosen
+                return total
 
             total = jnp.zeros(entry.shape, jnp.float32)
             if held >= _STEP:
@@ -219,18 +190,14 @@ def _adding(size: int, kept: int, entries: int) -> Any:
             before = layout.read(out, t, size, low, high)
             layout.write(out, t, size, before + total, low)
 
-        def turn(t):
-            column[...] = layout.column(weights[t])
-
         def tile(t, _):
             if weights.shape[0] > 1:
-                turn(t)
+                column[...] = layout.column(weights[t])
             for low in range(0, size, LANES):
                 strip(t, low)
             return 0
 
-        if weights.shape[0] == 1:
-            turn(0)
+        column[...] = layout.column(weights[0])
         lax.fori_loop(0, values.shape[0], tile, 0)
 
     return combine

@@ -50,12 +50,13 @@ def feed(
     vector = layout.vector_spec(group, size)
     row = pl.BlockSpec((group, kept, LANES), lambda i: (i, 0, 0))
     scalar = pl.BlockSpec((1, 1), lambda i: (0, 0), memory_space=pltpu.SMEM)
-    if isinstance(error, Quantized):
-        units = error.units.astype(jnp.float32).reshape(-1, 1, LANES)
-        errors = [layout.turn(error.values, size), units]
-        specs = [vector, pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))]
-    else:
-        errors, specs = [layout.turn(error, size)], [vector]
+    unit = pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))
+    kept_as, *units = jax.tree.leaves(error)
+    units = [x.astype(jnp.float32).reshape(-1, 1, LANES) for x in units]
+    errors, specs = (
+        [layout.turn(kept_as, size), *units],
+        [vector, unit][: 1 + len(units)],
+    )
     like = lambda shape, dtype: struct(shape, dtype, gradient)
     row_shape = form.row_shape(len(gradient))
     one = lambda x: x.astype(jnp.int32).reshape(1, 1)
@@ -94,7 +95,7 @@ def _feeding(form: Any, arrays: int) -> Callable[..., None]:
             total = saturate(old + layout.read(gradient, t, size), jnp.float32)
             total = jnp.where(accepted, total, old)
             rounded = _rounding(total, form.storage.values)
-            left = total - _pick(total, form.kept, t, *row, rounded=rounded)
+            left = total - _pick(total, form.kept, t, *row, rounded)
             if in_bytes:
                 left, unit = _in_bytes(left, first + t, count[0, 0])
                 after[1][t] = jnp.where(accepted, unit, before[1][t])
@@ -107,14 +108,8 @@ def _feeding(form: Any, arrays: int) -> Callable[..., None]:
 
 
 def _pick(
-    blocks: jax.Array,
-    kept: int,
-    t: Any,
-    values: Any,
-    offsets: Any,
-    *,
-    rounded: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+    blocks: jax.Array, kept: int, t: Any, values: Any, offsets: Any, rounded: Any
+):
     """Write the `kept` largest entries of tile `t`, which is `(size, 128)`, `rounded`.
 
     Return them where they were, among zeros.
@@ -160,10 +155,7 @@ def _rounding(tile: jax.Array, dtype: np.dtype) -> Callable[[jax.Array], jax.Arr
 
 
 def _in_bytes(left: jax.Array, number: Any, count: Any) -> tuple[jax.Array, jax.Array]:
-    """Return tile `number` of an error in whole numbers, and the units of its blocks.
-
-    The numbers are those of `quantized.store`.
-    """
+    """Return tile `number` of an error as `quantized.store` keeps it: values, units."""
     peak = jnp.max(jnp.abs(left), axis=0, keepdims=True)
     one, exponent = jnp.ones_like(peak), exponents(peak)
     scaled = left * jnp.ldexp(one, -exponent)

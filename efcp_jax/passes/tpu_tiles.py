@@ -1,9 +1,9 @@
 """Vectors in tiles of 128 blocks, as kernels for TPUs read and write them.
 
 Inside a kernel the blocks of a tile lie on lanes and the entries of a block on
-sublanes, so that a maximum over entries, or comparing an offset with every entry, works
-on whole registers. Vectors come as XLA stores them: if the entries of a block fill
-lanes, they lie there and are transposed in fast memory; else blocks are there already.
+sublanes, so that maxima over entries and comparisons work on whole registers. Vectors
+come as XLA stores them: if the entries of a block fill lanes, they lie there and are
+transposed in fast memory; else blocks are there already.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,18 +42,12 @@ def launch(
     interpret: bool = False,
     **given: Any,
 ) -> Any:
-    """Return what a kernel makes of `operands`, some of them kept in main memory.
+    """Return what a kernel makes of `operands`; those of numbers `main` are not moved.
 
     XLA moves what fits into fast memory there, whole; a kernel moves what it needs.
-
-    Args:
-        kernel: A function of references.
-        *operands: Arrays.
-        main: The numbers of the operands that are kept in main memory.
-        order: "arbitrary" for each axis of the grid behind the first along which one
-            program adds to what another has made; else programs run in any order.
-        interpret: Whether the kernel runs on a CPU, where there is one memory.
-        **given: More for `pallas_call`.
+    `order` is "arbitrary" for each axis of the grid behind the first along which one
+    program adds to what another has made; else programs run in any order. If they are
+    to `interpret`, they run on a CPU, where there is one memory.
     """
     call = pl.pallas_call(
         kernel,
@@ -62,32 +56,25 @@ def launch(
         **given,
     )
 
+    @jax.custom_batching.custom_vmap
+    def run(*operands: jax.Array) -> Any:
+        held = lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        return narrow(*(held(x) if i in main else x for i, x in enumerate(operands)))
+
+    @run.def_vmap
+    def _(size: int, batched: list[bool], *operands: jax.Array):
+        """Batch the kernel by itself: there is no rule for where memory is."""
+        del size
+        out = jax.vmap(narrow, [0 if each else None for each in batched])(*operands)
+        return out, jax.tree.map(lambda _: True, out)
+
     def narrow(*operands: jax.Array) -> Any:
         # Places are counted in 32 bits where numbers of 64 are on. Every platform's
         # form is traced wherever a program runs, so this would fail on CPUs as well.
         with jax.enable_x64(False):
             return call(*operands)
 
-    if interpret:
-        return narrow(*operands)
-    return _kept_in_main_memory(narrow, main)(*operands)
-
-
-def _kept_in_main_memory(kernel: Callable[..., Any], main: Sequence[int]) -> Any:
-    @jax.custom_batching.custom_vmap
-    def call(*operands: jax.Array) -> Any:
-        held = lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM)
-        return kernel(*(held(x) if i in main else x for i, x in enumerate(operands)))
-
-    @call.def_vmap
-    def _(size: int, batched: list[bool], *operands: jax.Array):
-        """Batch the kernel by itself: there is no rule for where memory is."""
-        del size
-        axes = [0 if each else None for each in batched]
-        out = jax.vmap(kernel, in_axes=axes)(*operands)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call
+    return (narrow if interpret else run)(*operands)
 
 
 def turn(vector: jax.Array, size: int) -> jax.Array:
@@ -105,25 +92,28 @@ def vector_spec(group: int, size: int) -> Any:
 
 def read(ref: Any, t: Any, size: int, low: int = 0, high: int | None = None):
     """Return entries from `low` to `high` of tile `t` of a vector, on sublanes."""
-    span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
     # Floats of 32 bits, as which everything is turned.
     if size % LANES == 0:
-        return ref[span, low:high].astype(jnp.float32).T
-    return ref[low:high, span].astype(jnp.float32)
+        return ref[_blocks(t), low:high].astype(jnp.float32).T
+    return ref[low:high, _blocks(t)].astype(jnp.float32)
 
 
 def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
     """Write what `read` returns, in the dtype of the vector."""
-    span = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
     high = low + len(entries)
+    turned = entries.T if size % LANES == 0 else entries
     if ref.dtype == jnp.int8:
-        narrow = lambda x: x.astype(jnp.int32).astype(jnp.int8)
+        narrow = turned.astype(jnp.int32).astype(jnp.int8)
     else:
-        narrow = lambda x: saturate(x, ref.dtype)
+        narrow = saturate(turned, ref.dtype)
     if size % LANES == 0:
-        ref[span, low:high] = narrow(entries.T)
+        ref[_blocks(t), low:high] = narrow
     else:
-        ref[low:high, span] = narrow(entries)
+        ref[low:high, _blocks(t)] = narrow
+
+
+def _blocks(t: Any) -> Any:
+    return pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
 
 
 def floats(values: jax.Array) -> jax.Array:
@@ -132,28 +122,13 @@ def floats(values: jax.Array) -> jax.Array:
     return (values.astype(jnp.int32) if whole else values).astype(jnp.float32)
 
 
-def add(places, weighted, entry, distinct, total):
-    """Return `total` plus `weighted`, `(n, 128)`, where `places` are `entry`.
-
-    Of `distinct` of them in turn no two are at one place, as they are of one row. They
-    are chosen one over the other and added at once: that saves most of the additions.
-    """
-    for first in range(0, len(places), distinct):
-        chosen = jnp.zeros((), jnp.float32)
-        for i in range(first, first + distinct):
-            chosen = jnp.where(places[i : i + 1] == entry, weighted[i : i + 1], chosen)
-        total += chosen
-    return total
-
-
 def lines(scales: jax.Array) -> jax.Array:
-    """Return numbers for each entry of a tile, `(tiles, n)`, as kernels read them.
+    """Return numbers for each entry of a tile, `(tiles, n)`, on lanes, `(tiles, 1, n)`.
 
-    They lie on lanes, `(tiles, 1, n)`, n filled up to whole registers. Spread over all
-    blocks by XLA they would take twice the bytes of the entries.
+    n is filled up to whole registers. Spread over all blocks by XLA they would take
+    twice the bytes of the entries.
     """
-    missing = -scales.shape[1] % LANES
-    return jnp.pad(scales, ((0, 0), (0, missing)))[:, None]
+    return jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % LANES)))[:, None]
 
 
 def column(line: jax.Array) -> jax.Array:

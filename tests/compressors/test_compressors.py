@@ -14,7 +14,7 @@ import pytest
 import efcp_jax
 from efcp_jax.compressors import ROW_AXIS, Compressor, of_grams
 from efcp_jax.devices.placement import layout
-from efcp_jax.passes.entries import offset_dtype
+from efcp_jax.passes.entries import Storage
 
 
 M = 4
@@ -166,7 +166,7 @@ def test_top_k_keeps_the_largest_entries_of_each_block(name):
     ],
 )
 def test_offsets_take_the_smallest_type_that_holds_a_block(size, dtype):
-    assert offset_dtype(size) == dtype
+    assert Storage.of(np.dtype(np.float32), size).offsets == dtype
     model = jax.ShapeDtypeStruct((3 * size,), jnp.float32)
     compressor = efcp_jax.top_k(0.01, block_size=size)
     state = jax.eval_shape(efcp_jax.scale_by_mfac(2, compressor=compressor).init, model)
