@@ -20,7 +20,7 @@ from efcp_jax import quantized, varying
 from efcp_jax.devices.sections import part, sweep, write
 from efcp_jax.numerics import indexed, saturate
 from efcp_jax.passes import selection
-from efcp_jax.passes.entries import COMMUTING, SparseRow, Stored
+from efcp_jax.passes.entries import COMMUTING, SparseRow, Storage, Stored
 from efcp_jax.passes.gpu import MOST_MATCHES, matched
 from efcp_jax.passes.reference import residual as residual
 
@@ -143,7 +143,7 @@ def feed(
         total = saturate(before + gradient, jnp.float32)
         values, offsets = form.select(total)
         # A scale for the row can be found behind the last round.
-        values = _near(form, values, offsets)
+        values = _near(form.storage, values, offsets)
         left = jnp.where(fresh(values) & accept, values, 0)
         rest = form.residual(total, left, offsets)
         rest = quantized.store(rest, old, new, count, start * lanes)
@@ -169,11 +169,11 @@ def feed(
     return *row, error
 
 
-def _near(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
+def _near(storage: Storage, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return the values that are stored for a part of a row, within their range."""
-    if form.storage.scaled:
-        return form.storage.load(form.storage.store(values, offsets), jnp.float32)[0]
-    return saturate(values, form.storage.values).astype(jnp.float32)
+    if storage.scaled:
+        return storage.load(storage.store(values, offsets), jnp.float32)[0]
+    return saturate(values, storage.values).astype(jnp.float32)
 
 
 def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int]:

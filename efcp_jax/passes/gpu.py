@@ -66,8 +66,9 @@ def matched(values: jax.Array, offsets: jax.Array, row: SparseRow) -> jax.Array:
 
 
 def by_row(form: Any, products: jax.Array) -> jax.Array:
-    """Return the sum of the products of each row, `(tiles, m k, lanes)` to `(m,)`."""
-    return jnp.sum(jnp.sum(products, axis=(0, 2)).reshape(-1, form.kept), axis=1)
+    """Return the sum of the products of each row of a window, `(m,)`."""
+    total = jnp.sum(products, axis=(0, 2)[: products.ndim - 1])
+    return jnp.sum(total.reshape(-1, form.kept), axis=1)
 
 
 def _gathered(form: Any, window: Stored, vector: Any, dtype: Any) -> jax.Array:
@@ -90,8 +91,7 @@ def compared(form: Any, window: Stored, row: SparseRow) -> jax.Array:
     values, offsets = form.storage.load(window, row.values.dtype)
     same = offsets[:, :, None] == row.offsets[:, None, :]
     at = jnp.sum(jnp.where(same, row.values[:, None, :], 0), axis=2)
-    total = jnp.sum(values * at, axis=0)
-    return jnp.sum(total.reshape(-1, form.kept), axis=1)
+    return by_row(form, values * at)
 
 
 def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from efcp_jax import varying
 
@@ -58,13 +59,12 @@ def largest(vector: jax.Array, kept: int, rounds: int = 0) -> jax.Array:
     """
     if kept <= rounds:
         return _by_rounds(vector, kept)
-    sort = functools.partial(_by_sorting, kept=kept)
-    bisect = functools.partial(_by_bisection, kept=kept)
-    return lax.platform_dependent(vector, tpu=sort, default=bisect)
-
-
-def _by_sorting(vector: jax.Array, kept: int) -> jax.Array:
-    return jnp.sort(lax.top_k(magnitudes(vector), kept)[1], axis=1).astype(jnp.int32)
+    sort = lambda x: jnp.sort(lax.top_k(magnitudes(x), kept)[1], axis=1)
+    return lax.platform_dependent(
+        vector,
+        tpu=lambda x: sort(x).astype(jnp.int32),
+        default=lambda x: _by_bisection(x, kept),
+    )
 
 
 def _by_rounds(vector: jax.Array, kept: int) -> jax.Array:
@@ -143,23 +143,22 @@ def _threshold(bits: jax.Array, least: int, most: int, low: jax.Array) -> jax.Ar
         # A number less another, shifted down to its sign, is -1 if it is the smaller
         # one: half the time that XLA takes to count booleans. No difference overflows,
         # since `middle` is not negative.
-        words = bits.reshape(rows, -1, _WORD) - middle[:, None, None]
-        count = size + _count(_count(words >> width, axis=2), axis=1)
+        below = (bits.reshape(rows, -1, _WORD) - middle[:, None, None]) >> width
+        count = size + _count(_count(below, axis=2), axis=1)
         enough = count >= least
         low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
         middle = high - ((high - low) >> 1)
         return low, high, middle, jnp.where(enough, count, reached)
 
-    # Most often the threshold is not far above `low`.
-    step = 2 ** (width - 7)
-    middle = jnp.minimum(low, limit - step) + step
-    start = (low, jnp.full_like(low, limit), middle, jnp.full(rows, size, jnp.int32))
-    start = varying.like(bits, start)
-
     def searching(carry):
         low, high, _, reached = carry
         return jnp.any((low < high) & (reached > most))
 
+    # Most often the threshold is not far above `low`.
+    step = 2 ** (width - 7)
+    middle = jnp.minimum(low, limit - step) + step
+    start = low, jnp.full_like(low, limit), middle, jnp.full(rows, size, jnp.int32)
+    start = varying.like(bits, start)
     # To end early, an accelerator would have to report to the host.
     return lax.platform_dependent(
         cpu=lambda: lax.while_loop(searching, halve, start)[0],
@@ -191,12 +190,7 @@ def _nth(words: jax.Array, rank: jax.Array) -> jax.Array:
     word = jax.vmap(search)(ends, rank).astype(jnp.int32)
     take = lambda array: jnp.take_along_axis(array, word, axis=1, mode="clip")
     rest, rank = take(words), rank - take(ends - set_bits)
-    place = jnp.zeros_like(rank)
-    for step in (16, 8, 4, 2, 1):
-        low = rest & jnp.uint32(2**step - 1)
-        below = count(low)
-        ahead = rank >= below
-        rank = jnp.where(ahead, rank - below, rank)
-        rest = jnp.where(ahead, rest >> step, low)
-        place = place + jnp.where(ahead, step, 0)
+    # As many as bits of the word up to which there are not more than `rank` set.
+    upto = jnp.uint32(2 ** np.arange(1, _WORD + 1) - 1)[None, None]
+    place = _count(count(rest[:, :, None] & upto) <= rank[:, :, None], axis=2)
     return word * _WORD + place

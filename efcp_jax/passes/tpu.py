@@ -1,12 +1,12 @@
 """Passes on TPUs: registers are compared, nothing is gathered.
 
-A tile is 128 blocks, one a lane of a register. Entries are found by comparing offsets,
-with one another or with all entries of a block. Kernels are for tiles of 128 blocks and
-values that they can load, which float16 is not; the rest is left to XLA. Its own inner
-products move as little as the kernel, but where a window fits into fast memory XLA
-moves it there whole, and back again once a row has been inserted: twice the bytes of a
-step. Where m k is a multiple of 8, XLA keeps windows in the order in which kernels read
-them; any other window is copied before a kernel reads it.
+Entries are found by comparing offsets, with one another or with all entries of a block.
+Kernels are for tiles of 128 blocks, one a lane of a register, and values that they can
+load, which float16 is not; the rest is left to XLA. Its own inner products move as
+little as the kernel, but a window that fits into fast memory it moves there whole, and
+back again once a row has been inserted: twice the bytes of a step. Where m k is a
+multiple of 8, XLA keeps windows in the order in which kernels read them; any other one
+is copied before.
 """
 
 import math
@@ -168,16 +168,7 @@ def _adding(size: int, kept: int, entries: int) -> Any:
                 span = pl.ds(first, count)
                 weighted = layout.floats(values[t, span, :]) * column[span, :]
                 places = offsets[t, span, :].astype(jnp.int32)
-                # Of one row no two are at one place: they are chosen one over the
-                # other and added at once, which saves most of the additions.
-                distinct = math.gcd(kept, _STEP)
-                for n in range(0, count, distinct):
-                    chosen = jnp.zeros((), jnp.float32)
-                    for i in range(n, n + distinct):
-                        here = places[i : i + 1] == entry
-                        chosen = jnp.where(here, weighted[i : i + 1], chosen)
-                    total += chosen
-                return total
+                return _added(total, places, weighted, entry, kept)
 
             total = jnp.zeros(entry.shape, jnp.float32)
             if held >= _STEP:
@@ -201,6 +192,19 @@ def _adding(size: int, kept: int, entries: int) -> Any:
         lax.fori_loop(0, values.shape[0], tile, 0)
 
     return combine
+
+
+def _added(total: Any, places: Any, weighted: Any, entry: Any, kept: int) -> Any:
+    """Return `total` plus `weighted`, `(n, 128)`, where `places` are `entry`."""
+    # Of one row no two are at one place: they are chosen one over the other and added
+    # at once, which saves most of the additions.
+    distinct = math.gcd(kept, _STEP)
+    for first in range(0, len(places), distinct):
+        chosen = jnp.zeros((), jnp.float32)
+        for i in range(first, first + distinct):
+            chosen = jnp.where(places[i : i + 1] == entry, weighted[i : i + 1], chosen)
+        total += chosen
+    return total
 
 
 def _width(form: Any) -> int:  # bytes of an entry

@@ -95,7 +95,7 @@ def _feeding(form: Any, arrays: int) -> Callable[..., None]:
             total = saturate(old + layout.read(gradient, t, size), jnp.float32)
             total = jnp.where(accepted, total, old)
             rounded = _rounding(total, form.storage.values)
-            left = total - _pick(total, form.kept, t, *row, rounded)
+            left = total - _pick(total, form.kept, rounded, t, *row)
             if in_bytes:
                 left, unit = _in_bytes(left, first + t, count[0, 0])
                 after[1][t] = jnp.where(accepted, unit, before[1][t])
@@ -108,8 +108,8 @@ def _feeding(form: Any, arrays: int) -> Callable[..., None]:
 
 
 def _pick(
-    blocks: jax.Array, kept: int, t: Any, values: Any, offsets: Any, rounded: Any
-):
+    blocks: jax.Array, kept: int, rounded: Any, t: Any, values: Any, offsets: Any
+) -> jax.Array:
     """Write the `kept` largest entries of tile `t`, which is `(size, 128)`, `rounded`.
 
     Return them where they were, among zeros.
