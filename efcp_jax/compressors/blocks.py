@@ -5,8 +5,10 @@ zeros. On several devices, leaves held by different numbers of devices start at
 separate blocks, so that equal blocks stay equal on all devices that hold them.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -17,7 +19,7 @@ import numpy as np
 
 from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.sections import Sections
+from efcp_jax.devices.sections import reader
 from efcp_jax.numerics import indexed, saturate
 
 
@@ -151,11 +153,11 @@ class Blocks:
         flat = passes.add(blocks.reshape(-1), pieces, packed, accept)
         return flat.reshape(blocks.shape)
 
-    def sections(self, tree: chex.ArrayTree) -> Sections:
-        """Return what reads this device's blocks of `tree`, laid end to end."""
-        if self.flat:
-            return Sections.of(self.layout, tree)
-        return Sections([self.pack(tree).reshape(-1)], self.layout.dtype)
+    def sections(self, tree: chex.ArrayTree) -> Callable[..., Any]:
+        """Return `reader` of this device's blocks of `tree`, laid end to end."""
+        flat, layout = self.flat, self.layout
+        arrays = layout.flat(tree) if flat else [self.pack(tree).reshape(-1)]
+        return functools.partial(reader, arrays, layout.dtype)
 
     @property
     def runs(self) -> tuple[tuple[int, ...], ...]:

@@ -15,8 +15,8 @@ from efcp_jax.compressors.base import Compressor
 from efcp_jax.compressors.grams import of_grams
 from efcp_jax.compressors.part_movers import PartMover
 from efcp_jax.compressors.parts import Part, PartRow, Parts, leaf_parts
+from efcp_jax.devices.collectives import together
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.routines import together
 from efcp_jax.devices.sections import zero_after
 
 

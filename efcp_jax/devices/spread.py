@@ -1,4 +1,4 @@
-"""Running a step on every device at once: the way in, the step, and the way out.
+"""Running a step on every device at once: its state, the way in, and the way out.
 
 Under Auto mesh axes the partitioner decides where arrays live: what a step prefers
 would spread to the user's gradients and, by way of the updates, to the new parameters.
@@ -8,6 +8,8 @@ them.
 """
 
 from collections.abc import Callable
+import contextvars
+import dataclasses
 from typing import Any
 
 import chex
@@ -16,9 +18,37 @@ from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from efcp_jax.devices import auto
 from efcp_jax.devices.placement import Placement, explicit_sharding
 from efcp_jax.experimental import propagation_barrier
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Description:
+    """The state of one transformation, described and not made: a tree of no leaves."""
+
+    space: Any
+    placement: Placement | None
+    arrays: Any  # the state with structs of global arrays
+    specs: Any  # the state with the `PartitionSpec` of each
+
+    def told(self, params: chex.ArrayTree) -> bool:
+        """Return whether it is of all of `params`, and was told where they are."""
+        known = self.placement is not None and self.placement.shapes is None
+        return known and self.space.layout.treedef == jax.tree.structure(params)
+
+
+describing = contextvars.ContextVar("efcp_jax_describing", default=False)
+
+
+def described(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function` where every `init` returns a `Description` for its state."""
+
+    def inside() -> Any:
+        describing.set(True)
+        return function(*args, **kwargs)
+
+    return contextvars.copy_context().run(inside)
 
 
 def run(
@@ -27,16 +57,38 @@ def run(
     in_specs: tuple[Any, ...],
     out_specs: Any,
     *args: Any,
-    beside: Any = None,
 ) -> Any:
-    """Call `function` on each device's parts of `args`; plainly on one device.
-
-    Without `args` JAX would not know the devices of an abstract mesh: where the step
-    has chosen the division they are those of the arrays `beside`.
-    """
+    """Call `function` on each device's parts of `args`; plainly on one device."""
     if placement is None:
         return function(*args)
-    spread = jax.shard_map(
+    return jax.jit(_spread(function, placement, in_specs, out_specs))(*args)
+
+
+def start(
+    init: Callable[[], Any], placement: Placement | None, specs: Any, params: Any
+) -> Any:
+    """Return the state that `init` makes, on the devices that hold `params`."""
+    leaves = jax.tree.leaves(params)
+    traced = [leaf for leaf in leaves if isinstance(leaf, Tracer)]
+    if placement is None:
+        state = init()
+        is_held = lambda x: isinstance(x, jax.Array) and x.committed
+        if traced or not all(map(is_held, leaves)):
+            return state
+        devices = set().union(*(leaf.devices() for leaf in leaves))
+        return jax.device_put(state, *devices) if len(devices) == 1 else state
+    made = _spread(init, placement, (), specs)
+    if not traced or placement.shapes is None:
+        return jax.jit(made)()
+    # Without an argument JAX would not know the devices of an abstract mesh.
+    tied = lambda leaf: jax.lax.optimization_barrier((made(), leaf))[0]
+    return jax.jit(tied)(min(traced, key=lambda leaf: leaf.size))
+
+
+def _spread(
+    function: Callable[..., Any], placement: Placement, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    return jax.shard_map(
         function,
         mesh=placement.mesh,
         in_specs=in_specs,
@@ -45,11 +97,6 @@ def run(
         # the check of varying axes cannot see.
         check_vma=False,
     )
-    traced = [leaf for leaf in jax.tree.leaves(beside) if isinstance(leaf, Tracer)]
-    if not traced or placement.shapes is None:
-        return jax.jit(spread)(*args)
-    tied = lambda leaf, *args: jax.lax.optimization_barrier((spread(*args), leaf))[0]
-    return jax.jit(tied)(min(traced, key=lambda leaf: leaf.size), *args)
 
 
 def enter(tree: chex.ArrayTree, placement: Placement | None) -> chex.ArrayTree:
@@ -60,7 +107,7 @@ def enter(tree: chex.ArrayTree, placement: Placement | None) -> chex.ArrayTree:
     if placement.shapes is None:
         return treedef.unflatten(map(_move, leaves, placement.specs))
     barred = _together(propagation_barrier, leaves)
-    return treedef.unflatten(map(auto.pad, barred, placement.shapes))
+    return treedef.unflatten(map(_padded, barred, placement.shapes))
 
 
 def leave(
@@ -91,8 +138,24 @@ def leave(
         at = NamedSharding(placement.mesh, anywhere)
         return jax.lax.with_sharding_constraint(value, at)
 
-    freed = _together(free, list(map(auto.cut, leaves, map(jnp.shape, given))))
+    freed = _together(free, list(map(_cut, leaves, map(jnp.shape, given))))
     return treedef.unflatten(map(_beside, jax.tree.leaves(like), freed))
+
+
+def _padded(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return `value` padded with zeros to `shape`, of one axis for a scalar."""
+    if value.shape == shape:
+        return value
+    value = value.reshape(value.shape or (1,))
+    missing = [(0, n - m) for n, m in zip(shape, value.shape, strict=True)]
+    return jnp.pad(value, missing)
+
+
+def _cut(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undo `_padded`, where `shape` is that of the leaf."""
+    if value.shape == shape:
+        return value
+    return value[tuple(slice(n) for n in shape or (1,))].reshape(shape)
 
 
 def _move(leaf: Any, spec: PartitionSpec) -> Any:
@@ -128,8 +191,9 @@ def _together(function: Callable[[Any], Any], leaves: list[Any]) -> list[Any]:
         if isinstance(leaf, Tracer):
             alike.setdefault((leaf.shape, leaf.dtype), []).append(index)
     for indices in alike.values():
-        if len(indices) == 1:
-            made[indices[0]] = function(leaves[indices[0]])
+        one, *more = indices
+        if not more:
+            made[one] = function(leaves[one])
             continue
         parts = jnp.unstack(function(jnp.stack([leaves[i] for i in indices])))
         for index, part in zip(indices, parts, strict=True):
