@@ -54,7 +54,7 @@ class Step:
             known = not isinstance(params, _STAND_IN)
             return self._description(space, placed) if known else 0
         init, specs = functools.partial(self.init, space), self.specs(space)
-        state = spread.start(init, placed, specs, params)
+        state = spread.start(placed, init, specs, params)
         state = varying.over(varying.axes_of(params), state)
         return _outline(state) if isinstance(params, _STAND_IN) else state
 
@@ -80,17 +80,12 @@ class Step:
         tree_specs, state_specs = PartitionSpec(), self.specs(space)
         if placed is not None:
             tree_specs = jax.tree.structure(updates).unflatten(placed.specs)
-        new_updates, new_state = spread.run(
-            functools.partial(self.step, space),
-            placed,
-            (tree_specs, state_specs, dict.fromkeys(values, PartitionSpec())),
-            (tree_specs, state_specs),
-            spread.enter(updates, placed),
-            state,
-            values,
-        )
-        new_updates = spread.leave(new_updates, updates, like, placed)
-        return given.unflatten(jax.tree.leaves(new_updates)), new_state
+        made = tree_specs, state_specs
+        step = functools.partial(self.step, space)
+        step = spread.over(placed, step, (*made, PartitionSpec()), made)
+        new, new_state = step(spread.enter(updates, placed), state, values)
+        new = spread.leave(new, updates, like, placed)
+        return given.unflatten(jax.tree.leaves(new)), new_state
 
     def _space(self, tree: Any, dtype: Any, placed: Placement | None) -> Space:
         return self.compressor.bind(placement.layout(tree, dtype, placed))

@@ -36,12 +36,12 @@ from typing import Any
 import chex
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 import numpy as np
 import optax
 
-from efcp_jax.devices import placement
 from efcp_jax.devices.collectives import collectives as collectives
+from efcp_jax.devices.placement import find
 from efcp_jax.devices.positions import convert
 from efcp_jax.devices.spread import Description, described
 from efcp_jax.devices.trees import strip_boxes
@@ -93,7 +93,7 @@ def state_shardings(
         if not _is_own(leaf):
             return alone
         if leaf.placement is not None:
-            on = _concrete([mesh, leaf.placement.mesh])
+            on = _concrete(mesh, leaf.placement.mesh)
             return jax.tree.map(lambda spec: NamedSharding(on, spec), leaf.specs)
         if not all(each.is_fully_replicated for each in given):
             raise ValueError(
@@ -198,26 +198,23 @@ def _param_shardings(
     meshes = [each and each.mesh for each in held]
     plain = strip_boxes(params)
     if sharding is not None:
-        placed = placement.find(plain, sharding)
+        placed = find(plain, sharding)
     else:
         own = filter(_is_own, jax.tree.leaves(state, is_leaf=_is_own))
         placed = next((each.placement for each in own if each.told(plain)), None)
     if placed is None:
-        return _concrete(meshes), held
-    mesh = _concrete([placed.mesh, *meshes])
+        return _concrete(*meshes), held
+    mesh = _concrete(placed.mesh, *meshes)
     return mesh, [NamedSharding(mesh, spec) for spec in placed.specs]
 
 
-def _concrete(meshes: list[Any]) -> Any:
-    """Return a mesh of devices if there is one among `meshes` or around, else any."""
-    meshes = [mesh for mesh in meshes if mesh is not None]
-    if not meshes:
-        return None
-    alike = lambda mesh: dict(mesh.shape) == dict(meshes[0].shape)
-    for mesh in filter(alike, [*meshes, jax.sharding.get_mesh()]):
-        if isinstance(mesh, jax.sharding.Mesh):
+def _concrete(*meshes: Any) -> Any:
+    """Return the first mesh of devices among `meshes` and the ambient one, else any."""
+    known = [mesh for mesh in meshes if mesh is not None]
+    for mesh in (*known, jax.sharding.get_mesh()) if known else ():
+        if isinstance(mesh, Mesh) and dict(mesh.shape) == dict(known[0].shape):
             return mesh
-    return meshes[0]
+    return known[0] if known else None
 
 
 def _alone(params: chex.ArrayTree) -> SingleDeviceSharding:

@@ -41,18 +41,12 @@ class Window(NamedTuple):
     about 1 and a power of two $s_i$. Slots that were never filled have scale 0 and zero
     rows, and need no special case. Rows lie end to end along one axis, so a row is a
     window of one.
-
-    Attributes:
-        rows: The stored rows, every array `(s, m k, ...)` if a row's is `(s, k, ...)`.
-        scale: The power of two that multiplies each row, shape `(m,)`.
-        slot: The slot that the next row will overwrite, int32.
-        filled: The number of slots that hold a row, int32.
     """
 
-    rows: chex.ArrayTree
-    scale: jax.Array
-    slot: jax.Array
-    filled: jax.Array
+    rows: chex.ArrayTree  # every array `(s, m k, ...)` if a row's is `(s, k, ...)`
+    scale: jax.Array  # the power of two that multiplies each row, `(m,)`
+    slot: jax.Array  # the slot that the next row will overwrite, int32
+    filled: jax.Array  # the number of slots that hold a row, int32
 
     @classmethod
     def empty(cls, space: Space, size: int, dtype: jax.typing.DTypeLike) -> "Window":

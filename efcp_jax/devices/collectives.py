@@ -85,9 +85,10 @@ def collectives(program: Any) -> list[tuple[str, int]]:
         | sharded over some axes, none over others | both, the all-gather over *idle* |
 
         An axis is idle if it shards no parameter at all; the state is divided over it
-        as by ZeRO. A leaf that is replicated while others are sharded (a bias beside
-        FSDP matrices) is held by all devices of the axis, in blocks of its own, and
-        weighs one over their number in inner products: keep large leaves sharded.
+        as by ZeRO. Shard parameters over it too to have the single all-reduce. A leaf
+        that is replicated while others are sharded (a bias beside FSDP matrices) is
+        held by all devices of the axis, in blocks of its own, and weighs one over their
+        number in inner products: keep large leaves sharded.
 
         A metric, which optimizers have by default, adds an all-reduce for each set of
         mesh axes that cuts matrices, of a number for each row or column that is cut.

@@ -155,11 +155,9 @@ class Layout:
 
     def flat(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` flat, complex ones alone as `matrices` are."""
+        pairs = zip(jax.tree.leaves(tree), self.matrices(tree), strict=True)
         # The others are widened where they are read.
-        given = zip(
-            jax.tree.leaves(tree), self.leaves, self.matrices(tree), strict=True
-        )
-        arrays = [w if leaf.parts == 2 else jnp.asarray(x) for x, leaf, w in given]
+        arrays = [w if jnp.iscomplexobj(x) else jnp.asarray(x) for x, w in pairs]
         return [x.reshape(-1) for x in arrays]
 
     def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:

@@ -11,6 +11,7 @@ axis, or both, over all mesh axes, and padded with zeros where that does not go 
 Zeros are never selected, add nothing to inner products, and are cut off again.
 """
 
+from collections.abc import Mapping
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import chex
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efcp_jax.devices.layout import Layout, Leaf
 from efcp_jax.devices.trees import broadcast, leaf_name, names_of, strip_boxes
@@ -58,7 +59,7 @@ def find(
     if not meshes and sharding is None:
         mesh = _auto_mesh(jax.tree.leaves((tree, others)))
         avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-        return mesh and Placement(mesh, *divide(avals, dict(mesh.shape)))
+        return None if mesh is None else Placement(mesh, *divide(avals, mesh.shape))
     mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError(
@@ -71,8 +72,8 @@ def find(
                 "All leaves must live on one mesh, got"
                 f" {dict(mesh.shape)} and {dict(other.shape)}."
             )
-    specs = [each.spec if isinstance(each, NamedSharding) else each for each in found]
-    return Placement(mesh, tuple(PartitionSpec() if s is None else s for s in specs))
+    specs: Any = tuple(getattr(at, "spec", at) or PartitionSpec() for at in found)
+    return Placement(mesh, specs)
 
 
 def _given(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
@@ -130,11 +131,10 @@ def _auto_mesh(leaves: list[Any]) -> Any:
     alike = all(dict(mesh.shape) == dict(meshes[0].shape) for mesh in meshes)
     if not meshes or meshes[0].size == 1 or not alike:
         return None
-    concrete = (mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh))
-    return next(concrete, meshes[0])
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh)), meshes[0])
 
 
-def divide(leaves: list[tuple[Any, Any]], sizes: dict[str, int]) -> tuple[Any, Any]:
+def divide(leaves: list[tuple[Any, Any]], sizes: Mapping[str, int]) -> tuple[Any, Any]:
     """Return specs and padded shapes of leaves, of shape and dtype, on axes `sizes`."""
     whole = sum(math.prod(shape) for shape, _ in leaves) <= GATHERED
     one = lambda shape, dtype: (
@@ -144,7 +144,7 @@ def divide(leaves: list[tuple[Any, Any]], sizes: dict[str, int]) -> tuple[Any, A
     return specs, shapes
 
 
-def _divided(shape: tuple[int, ...], dtype: Any, sizes: dict[str, int]) -> Any:
+def _divided(shape: tuple[int, ...], dtype: Any, sizes: Mapping[str, int]) -> Any:
     """Return spec and padded shape of a leaf: with as little padding as there can be.
 
     And then with the shortest sides, which makes low-rank factors small.

@@ -51,52 +51,36 @@ def described(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return contextvars.copy_context().run(inside)
 
 
-def run(
-    function: Callable[..., Any],
-    placement: Placement | None,
-    in_specs: tuple[Any, ...],
-    out_specs: Any,
-    *args: Any,
-) -> Any:
-    """Call `function` on each device's parts of `args`; plainly on one device."""
+def over(
+    placement: Placement | None, function: Callable[..., Any], given: Any, made: Any
+) -> Callable[..., Any]:
+    """Return `function` of each device's parts of the arguments; plain on one device.
+
+    `given` and `made` are the specs of what it is given and of what it returns.
+    """
     if placement is None:
-        return function(*args)
-    return jax.jit(_spread(function, placement, in_specs, out_specs))(*args)
+        return function
+    # Blocks that several devices hold are computed alike on all of them, which the
+    # check of varying axes cannot see.
+    specs = {"in_specs": given, "out_specs": made, "check_vma": False}
+    return jax.jit(jax.shard_map(function, mesh=placement.mesh, **specs))
 
 
 def start(
-    init: Callable[[], Any], placement: Placement | None, specs: Any, params: Any
+    placement: Placement | None, init: Callable[[], Any], specs: Any, params: Any
 ) -> Any:
     """Return the state that `init` makes, on the devices that hold `params`."""
-    leaves = jax.tree.leaves(params)
+    leaves, make = jax.tree.leaves(params), over(placement, init, (), specs)
     traced = [leaf for leaf in leaves if isinstance(leaf, Tracer)]
-    if placement is None:
-        state = init()
-        is_held = lambda x: isinstance(x, jax.Array) and x.committed
-        if traced or not all(map(is_held, leaves)):
-            return state
+    if placement is not None and placement.shapes is not None and traced:
+        # Without an argument JAX would not know the devices of an abstract mesh.
+        tied = lambda leaf: jax.lax.optimization_barrier((make(), leaf))[0]
+        return jax.jit(tied)(min(traced, key=lambda leaf: leaf.size))
+    is_held = lambda x: isinstance(x, jax.Array) and x.committed
+    if placement is None and not traced and all(map(is_held, leaves)):
         devices = set().union(*(leaf.devices() for leaf in leaves))
-        return jax.device_put(state, *devices) if len(devices) == 1 else state
-    made = _spread(init, placement, (), specs)
-    if not traced or placement.shapes is None:
-        return jax.jit(made)()
-    # Without an argument JAX would not know the devices of an abstract mesh.
-    tied = lambda leaf: jax.lax.optimization_barrier((made(), leaf))[0]
-    return jax.jit(tied)(min(traced, key=lambda leaf: leaf.size))
-
-
-def _spread(
-    function: Callable[..., Any], placement: Placement, in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    return jax.shard_map(
-        function,
-        mesh=placement.mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        # Blocks that several devices hold are computed alike on all of them, which
-        # the check of varying axes cannot see.
-        check_vma=False,
-    )
+        return jax.device_put(make(), *devices) if len(devices) == 1 else make()
+    return make()
 
 
 def enter(tree: chex.ArrayTree, placement: Placement | None) -> chex.ArrayTree:
@@ -191,11 +175,10 @@ def _together(function: Callable[[Any], Any], leaves: list[Any]) -> list[Any]:
         if isinstance(leaf, Tracer):
             alike.setdefault((leaf.shape, leaf.dtype), []).append(index)
     for indices in alike.values():
-        one, *more = indices
-        if not more:
-            made[one] = function(leaves[one])
-            continue
-        parts = jnp.unstack(function(jnp.stack([leaves[i] for i in indices])))
+        if len(indices) == 1:
+            parts = [function(leaves[indices[0]])]
+        else:
+            parts = jnp.unstack(function(jnp.stack([leaves[i] for i in indices])))
         for index, part in zip(indices, parts, strict=True):
             made[index] = part
     return made
