@@ -121,9 +121,8 @@ class Step:
 
     def _expected(self, updates: Any, state: Any, placed: Any) -> tuple[Space, Any]:
         """Return the space for a placement, and what `state` should be like."""
-        # In the working dtype that `init` chose.
         held = jax.tree.leaves(getattr(state, "gram", state.error))
-        dtype = numerics.widest(*(leaf.dtype for leaf in held[:1]))
+        dtype = numerics.widest(*(leaf.dtype for leaf in held[:1]))  # as `init` chose
         space = self._space(updates, dtype, placed)
         return space, self._description(space, placed).arrays
 
@@ -131,8 +130,8 @@ class Step:
 def _outline(state: Any) -> Any:
     """Return the fields of `state`, those whose structure is the parameters' as leaves.
 
-    That is a tree prefix of every state of a transformation, whatever the parameters:
-    dictionaries are named by leaves and their shapes. No field mirrors the parameters.
+    A tree prefix of every state of the transformation: dictionaries are named by leaves
+    and their shapes. No field mirrors the parameters.
     """
     of_params = lambda node: isinstance(node, dict | _STAND_IN)
     return jax.tree.map(lambda _: 0, state, is_leaf=of_params)

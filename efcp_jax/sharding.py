@@ -47,6 +47,9 @@ from efcp_jax.devices.spread import Description, described
 from efcp_jax.devices.trees import strip_boxes
 
 
+_is_own = lambda node: isinstance(node, Description)
+
+
 def state_shardings(
     tx: optax.GradientTransformation, params: chex.ArrayTree, sharding: Any = None
 ) -> Any:
@@ -104,15 +107,10 @@ def state_shardings(
         return jax.tree.map(lambda _: alone, leaf.arrays)
 
     is_masked = lambda node: isinstance(node, optax.MaskedNode)
-    return described(
-        optax.tree.map_params,
-        tx,
-        lambda leaf, at: leaf if is_masked(leaf) else at,
-        state,
-        jax.tree.structure(params).unflatten(given),
-        transform_non_params=own,
-        is_leaf=is_masked,
-    )
+    kept = lambda leaf, at: leaf if is_masked(leaf) else at
+    tree = jax.tree.structure(params).unflatten(given)
+    how = {"transform_non_params": own, "is_leaf": is_masked}
+    return described(optax.tree.map_params, tx, kept, state, tree, **how)
 
 
 def abstract_state(
@@ -165,7 +163,6 @@ def reshard_state(
             `top_k` in the new layout holds more kept entries of one row than it has
             room for. Blocks that hold the same entries in both layouts always fit.
     """
-    old, new = (_describe(*each) for each in (source, target))
 
     def place(array: Any, at: Any) -> Any:
         array = np.asarray(array)
@@ -175,18 +172,14 @@ def reshard_state(
         part = convert(part, before, after) if _is_own(before) else part
         return jax.tree.map(place, part, at)
 
-    at = state_shardings(*target)
-    return jax.tree.map(one, old, new, state, at, is_leaf=_is_own)
+    each = _describe(*source), _describe(*target), state, state_shardings(*target)
+    return jax.tree.map(one, *each, is_leaf=_is_own)
 
 
 def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
     """Return the structs of the state, with a `Description` for each of our own."""
-    # Of a new function: JAX would return what it has found of an old one before.
-    return described(jax.eval_shape, lambda tree: tx.init(tree), params)
-
-
-def _is_own(node: Any) -> bool:
-    return isinstance(node, Description)
+    new = lambda tree: tx.init(tree)  # JAX may know a state of an old function
+    return described(jax.eval_shape, new, params)
 
 
 def _param_shardings(
@@ -197,11 +190,9 @@ def _param_shardings(
     held = [each if isinstance(each, NamedSharding) else None for each in held]
     meshes = [each and each.mesh for each in held]
     plain = strip_boxes(params)
-    if sharding is not None:
-        placed = find(plain, sharding)
-    else:
-        own = filter(_is_own, jax.tree.leaves(state, is_leaf=_is_own))
-        placed = next((each.placement for each in own if each.told(plain)), None)
+    own = filter(_is_own, jax.tree.leaves(state, is_leaf=_is_own))
+    told = (each.placement for each in own if each.told(plain))
+    placed = next(told, None) if sharding is None else find(plain, sharding)
     if placed is None:
         return _concrete(*meshes), held
     mesh = _concrete(placed.mesh, *meshes)
@@ -211,10 +202,10 @@ def _param_shardings(
 def _concrete(*meshes: Any) -> Any:
     """Return the first mesh of devices among `meshes` and the ambient one, else any."""
     known = [mesh for mesh in meshes if mesh is not None]
-    for mesh in (*known, jax.sharding.get_mesh()) if known else ():
-        if isinstance(mesh, Mesh) and dict(mesh.shape) == dict(known[0].shape):
-            return mesh
-    return known[0] if known else None
+    alike = lambda mesh: dict(mesh.shape) == dict(known[0].shape)
+    around = [*known, jax.sharding.get_mesh()] if known else []
+    found = (mesh for mesh in around if isinstance(mesh, Mesh) and alike(mesh))
+    return next(found, known[0] if known else None)
 
 
 def _alone(params: chex.ArrayTree) -> SingleDeviceSharding:

@@ -38,9 +38,8 @@ class Window(NamedTuple):
     """The sliding window: the last m compressed gradients, in any representation.
 
     Row i stands for the past gradient $s_i r_i$, with a stored row $r_i$ of magnitude
-    about 1 and a power of two $s_i$. Slots that were never filled have scale 0 and zero
-    rows, and need no special case. Rows lie end to end along one axis, so a row is a
-    window of one.
+    about 1 and a power of two $s_i$. Slots that were never filled are zero, and need no
+    special case. Rows lie end to end along one axis, so a row is a window of one.
     """
 
     rows: chex.ArrayTree  # every array `(s, m k, ...)` if a row's is `(s, k, ...)`
@@ -80,10 +79,7 @@ class Window(NamedTuple):
         )
 
     def products(self, product: Callable[[Any], Any], row: chex.ArrayTree) -> Any:
-        """Return `product` of all rows once `row` is inserted: inner products.
-
-        Of shape `(m,)`, or `(g, m)` for an array of Gram matrices.
-        """
+        """Return `product` of all rows, `(m,)` or `(g, m)`, once `row` is inserted."""
         put = lambda every, new: every.at[..., self.slot].set(new[..., 0])
         return jax.tree.map(put, product(self.rows), product(row))
 
@@ -126,10 +122,9 @@ def preconditioned(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation with the coefficients of either preconditioner.
 
-    `coefficients` returns the coefficients of the stored rows, and what to keep, from
-    the Gram matrix, what was kept, the window behind the insertion, the slot of the
-    newest row and the values of the hyperparameters; `keep` returns what is kept at
-    first, of a window size and dtype.
+    These are made, with what to keep, of the Gram matrix, what was kept, the window
+    behind the insertion, the slot of the newest row and values of the hyperparameters;
+    `keep` returns what is kept at first, of a window size and dtype.
     """
     # A compressor that drops nothing leaves an error of zero, not worth its memory.
     error = feedback.error and not feedback.compressor.lossless

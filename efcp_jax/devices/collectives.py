@@ -19,9 +19,8 @@ Routine = Generator[tuple[Any, jax.Array, tuple[str, ...] | None], jax.Array, An
 def together(routines: Iterable[Routine]) -> list[Any]:
     """Run `routines` side by side and return their results.
 
-    What they yield in the same round, for the same axes, travels in one collective, so
-    the number of collectives does not grow with the number of routines. Batches for the
-    same function are one batch.
+    What they yield in the same round, for the same axes, travels in one collective,
+    however many there are. Batches for the same function are one batch.
     """
     routines = list(routines)
     results: list[Any] = [None] * len(routines)

@@ -2,9 +2,9 @@
 
 Every leaf becomes a matrix of its last axis against all others: a scalar is `(1, 1)`,
 a vector `(1, n)`, a kernel `(..., c)` is `(prod(...), c)`, and a complex leaf holds its
-real and imaginary parts side by side, `(rows, 2 c)`. On several devices the matrices
-are those of the device's own shards. Everything here is static: a `Layout` is made
-anew from shapes each time a function is traced and never enters the state.
+real and imaginary parts side by side, `(rows, 2 c)`. On several devices they are those
+of the device's own shards. A `Layout` is made from shapes wherever a function is
+traced, and never enters the state.
 """
 
 from collections.abc import Iterator
@@ -126,9 +126,8 @@ class Layout:
     def runs(self, parts: int) -> list[list[int]]:
         """Return the indices of the leaves in runs of about one of `parts` of them all.
 
-        A leaf larger than that is a run by itself, so that it need not be copied to
-        stand beside others; small leaves are taken together, so that a large tree does
-        not become a large program.
+        A larger leaf is a run by itself, not copied to stand beside others; small ones
+        are taken together, so that a large tree does not become a large program.
         """
         limit = max(_SMALLEST_RUN, sum(leaf.size for leaf in self.leaves) // parts)
         runs: list[list[int]] = []

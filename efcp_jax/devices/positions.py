@@ -1,9 +1,8 @@
 """States carried from one layout to another.
 
-The global arrays of a state depend on how many devices made it: blocks are padded to
-divide among devices, and each device packs its own shards. Here a layout is written out
-as NumPy arrays of positions, on the host: numbers of entries of the parameters, and -1
-for padding.
+The global arrays of a state depend on the devices that made it: blocks are padded to
+divide among them, and each packs its own shards. Here a layout is written out as NumPy
+arrays of positions, on the host: numbers of entries of the parameters, -1 for padding.
 """
 
 from collections.abc import Iterator
@@ -79,9 +78,9 @@ def take(array: Any, index: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _axes(leaf: Leaf) -> tuple[Any, Any, Any]:
-    """Return the whole shape, a shard's, and what divides it, of real numbers.
+    """Return a leaf's shape, a shard's, and what divides it, with an axis of parts.
 
-    With one more axis than the leaf, of real and imaginary parts in front of columns.
+    That is of real and imaginary parts, in front of the columns.
     """
     parts, with_parts = leaf.parts, lambda each, x: (*each[:-1], x, each[-1])
     whole, held = (with_parts(x or (1,), parts) for x in (leaf.whole, leaf.shape))
@@ -89,10 +88,7 @@ def _axes(leaf: Leaf) -> tuple[Any, Any, Any]:
 
 
 def _devices(layout: Layout, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-    """Yield the coordinates of the devices along `axes`, in the order of their parts.
-
-    Coordinates along other axes are 0.
-    """
+    """Yield the coordinates of devices along `axes` in order, 0 along all others."""
     sizes = dict(layout.mesh)
     for numbers in np.ndindex(*(sizes[axis] for axis in axes)):
         yield dict.fromkeys(sizes, 0) | dict(zip(axes, numbers, strict=True))
@@ -125,11 +121,7 @@ def _part(
 
 
 def convert(state: Any, source: Description, target: Description) -> Any:
-    """Return `state`, made for the layout of the `Description` `source`, in `target`'s.
-
-    Raises:
-        ValueError: They differ in more than the layout, or kept entries do not fit.
-    """
+    """Return `state`, made for the layout of `source`, in that of `target`."""
     _check(state, source, target)
     mover, like = source.space.mover(target.space), target.arrays
 
@@ -170,15 +162,13 @@ def _check(state: Any, source: Description, target: Description) -> None:
             )
     for what, of in {
         "states of different structure": _structure,
-        "parameters of different shapes": _shapes,
+        "parameters of different shapes": lambda x: [
+            leaf.whole for leaf in x.space.layout.leaves
+        ],
     }.items():
         old, new = of(source), of(target)
         if old != new:
             raise ValueError(f"`source` and `target` have {what}: {old} and {new}.")
-
-
-def _shapes(description: Description) -> Any:
-    return [leaf.whole for leaf in description.space.layout.leaves]
 
 
 def _structure(description: Description) -> Any:

@@ -1,10 +1,9 @@
 """Running a step on every device at once: its state, the way in, and the way out.
 
-Under Auto mesh axes the partitioner decides where arrays live: what a step prefers
-would spread to the user's gradients and, by way of the updates, to the new parameters.
-So nothing is let through on the way in, and on the way out the update is put where the
-parameters are: behind a barrier, with no preference of its own, in one operation with
-them.
+Under Auto mesh axes the partitioner would spread what a step prefers to the user's
+gradients and, by way of the updates, to the new parameters. So nothing is let through
+on the way in, and on the way out the update is put where the parameters are: behind a
+barrier, with no preference of its own, in one operation with them.
 """
 
 from collections.abc import Callable
@@ -43,27 +42,21 @@ describing = contextvars.ContextVar("efcp_jax_describing", default=False)
 
 def described(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `function` where every `init` returns a `Description` for its state."""
-
-    def inside() -> Any:
-        describing.set(True)
-        return function(*args, **kwargs)
-
-    return contextvars.copy_context().run(inside)
+    context = contextvars.copy_context()
+    context.run(describing.set, True)
+    return context.run(function, *args, **kwargs)
 
 
 def over(
     placement: Placement | None, function: Callable[..., Any], given: Any, made: Any
 ) -> Callable[..., Any]:
-    """Return `function` of each device's parts of the arguments; plain on one device.
-
-    `given` and `made` are the specs of what it is given and of what it returns.
-    """
+    """Return `function` of each device's parts, by specs; as it is on one device."""
     if placement is None:
         return function
     # Blocks that several devices hold are computed alike on all of them, which the
     # check of varying axes cannot see.
-    specs = {"in_specs": given, "out_specs": made, "check_vma": False}
-    return jax.jit(jax.shard_map(function, mesh=placement.mesh, **specs))
+    of = {"mesh": placement.mesh, "in_specs": given, "out_specs": made}
+    return jax.jit(jax.shard_map(function, **of, check_vma=False))
 
 
 def start(
@@ -100,10 +93,7 @@ def leave(
     like: chex.ArrayTree,
     placement: Placement | None,
 ) -> chex.ArrayTree:
-    """Return the update `tree` of a step where the gradients `updates` were.
-
-    Under Auto axes it is put where the parameters `like` are.
-    """
+    """Return the update `tree` where the gradients were; under Auto axes, at `like`."""
     if placement is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)

@@ -16,8 +16,8 @@ def broadcast(
 ) -> list[Any]:
     """Return what the prefix `given` says of each leaf of `tree`, by its path.
 
-    Going by paths lets a masked or partitioned tree keep the prefix of the whole.
-    `fail` makes the exception of the name of a leaf of which nothing is said, and it.
+    So a masked or partitioned tree can keep the prefix of the whole. `fail` returns an
+    exception for a leaf of which nothing is said, from its name and itself.
     """
     known, found = dict(given), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
