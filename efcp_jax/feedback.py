@@ -110,10 +110,7 @@ class Feedback:
             measured = self.metric.measure(*given)
             finite = measured.finite
         if self.skip_nonfinite:
-            # The same numbers, at no cost, but derivatives of zero where they are
-            # skipped: products of faults with zeros, which these add up, would be NaN.
-            guard = lambda x: jnp.where(finite, x, jax.lax.stop_gradient(x))
-            updates = jax.tree.map(guard, updates)
+            updates = _without_faults(updates, finite)
         if measured is not None:
             updates = measured.scaled(updates)
         # Dividing the row by the power of two above its largest entry is exact and lets
@@ -133,3 +130,19 @@ class Feedback:
             given = updates, state.error, state.basis, accept, state.count
             row, scale, error, basis = space.feed(*given, scaled=alone)
         return Taken(row, scale, error, basis, finite, space.layout, measured, guarded)
+
+
+@jax.custom_jvp
+def _without_faults(tree: Any, finite: jax.Array) -> Any:
+    """Return `tree`; where it is differentiated, zeros if it is skipped.
+
+    Products with zeros, which a derivative adds up, would be NaN.
+    """
+    del finite
+    return tree
+
+
+@_without_faults.defjvp
+def _without_faults_jvp(primals: Any, tangents: Any) -> Any:
+    zeroed = lambda x: jnp.where(primals[1], x, 0)
+    return jax.tree.map(zeroed, (primals[0], tangents[0]))

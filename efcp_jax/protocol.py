@@ -83,8 +83,8 @@ class Step:
         made = tree_specs, state_specs
         step = functools.partial(self.step, space)
         step = spread.over(placed, step, (*made, PartitionSpec()), made)
-        new, new_state = step(spread.enter(updates, placed), state, values)
-        new = spread.leave(new, updates, like, placed)
+        new, new_state = step(spread.enter(placed, updates), state, values)
+        new = spread.leave(placed, new, updates, like)
         return given.unflatten(jax.tree.leaves(new)), new_state
 
     def _space(self, tree: Any, dtype: Any, placed: Placement | None) -> Space:

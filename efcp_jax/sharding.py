@@ -182,9 +182,7 @@ def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
     return described(jax.eval_shape, new, params)
 
 
-def _param_shardings(
-    params: chex.ArrayTree, sharding: Any, state: Any
-) -> tuple[Any, list[Any]]:
+def _param_shardings(params: Any, sharding: Any, state: Any) -> tuple[Any, list[Any]]:
     """Return the mesh, None on one device, and the sharding of each parameter on it."""
     held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     held = [each if isinstance(each, NamedSharding) else None for each in held]

@@ -16,7 +16,6 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
@@ -39,9 +38,7 @@ class Placement(NamedTuple):
     shapes: tuple[tuple[int, ...], ...] | None = None
 
 
-def find(
-    tree: chex.ArrayTree, sharding: Any = None, *others: chex.ArrayTree
-) -> Placement | None:
+def find(tree: Any, sharding: Any = None, *others: Any) -> Placement | None:
     """Return how `tree` is placed, or None for a step on one device.
 
     By `sharding`, a tree prefix of `NamedSharding`s or, under an ambient mesh, of
@@ -76,7 +73,7 @@ def find(
     return Placement(mesh, specs)
 
 
-def _given(sharding: Any, tree: chex.ArrayTree) -> list[Any]:
+def _given(sharding: Any, tree: Any) -> list[Any]:
     """Return the entry of the prefix `sharding` for each leaf of `tree`."""
     given = []
     for path, each in jax.tree_util.tree_leaves_with_path(strip_boxes(sharding)):
@@ -167,9 +164,7 @@ def _divided(shape: tuple[int, ...], dtype: Any, sizes: Mapping[str, int]) -> An
     return min(map(division, choices), key=lambda found: found[0])[1]
 
 
-def layout(
-    tree: chex.ArrayTree, dtype: jax.typing.DTypeLike, placement: Placement | None
-) -> Layout:
+def layout(tree: Any, dtype: Any, placement: Placement | None) -> Layout:
     """Return the layout of `tree` on each device of `placement`."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     avals = [(jnp.shape(leaf), jnp.result_type(leaf)) for _, leaf in paths]

@@ -76,7 +76,7 @@ def start(
     return make()
 
 
-def enter(tree: chex.ArrayTree, placement: Placement | None) -> chex.ArrayTree:
+def enter(placement: Placement | None, tree: Any) -> Any:
     """Return the gradients `tree` as the step takes them."""
     if placement is None:
         return tree
@@ -87,12 +87,7 @@ def enter(tree: chex.ArrayTree, placement: Placement | None) -> chex.ArrayTree:
     return treedef.unflatten(map(_padded, barred, placement.shapes))
 
 
-def leave(
-    tree: chex.ArrayTree,
-    updates: chex.ArrayTree,
-    like: chex.ArrayTree,
-    placement: Placement | None,
-) -> chex.ArrayTree:
+def leave(placement: Placement | None, tree: Any, updates: Any, like: Any) -> Any:
     """Return the update `tree` where the gradients were; under Auto axes, at `like`."""
     if placement is None:
         return tree
