@@ -26,27 +26,16 @@ from efcp_jax.metrics import Measured, Metric
 
 
 class Taken(NamedTuple):
-    """What a step makes of a gradient, before all devices know whether to skip it.
+    """What a step makes of a gradient, before all devices know whether to skip it."""
 
-    Attributes:
-        row: The row $c_t / s$, entries of magnitude at most about 1.
-        scale: The power of two $s$, a scalar; 0 for a zero gradient.
-        error: $e_{t+1}$, or None without error feedback.
-        basis: The basis of the next step, or None.
-        finite: Whether all entries of the gradient on this device are finite.
-        layout: The leaves of the tree on this device.
-        measured: The metric, or None.
-        guarded: Whether it was known whether to skip, and nothing is left to choose.
-    """
-
-    row: chex.ArrayTree
-    scale: jax.Array
-    error: chex.ArrayTree | None
-    basis: chex.ArrayTree | None
-    finite: jax.Array
+    row: chex.ArrayTree  # $c_t / s$, entries of magnitude at most about 1
+    scale: jax.Array  # the power of two $s$; 0 for a zero gradient
+    error: chex.ArrayTree | None  # $e_{t+1}$, or None without error feedback
+    basis: chex.ArrayTree | None  # of the next step
+    finite: jax.Array  # whether all entries of the gradient on this device are
     layout: Layout
-    measured: Measured | None
-    guarded: bool
+    measured: Measured | None  # by the metric
+    guarded: bool  # whether it was known whether to skip: nothing is left to choose
 
     @property
     def share(self) -> jax.Array | None:
@@ -63,15 +52,12 @@ class Taken(NamedTuple):
     def kept(self, accept: jax.Array, mean: jax.Array | None, old: Any) -> dict:
         """Return the next fields of the state `old`, given the mean of the moments."""
         metric = None if self.measured is None else self.measured.state(mean)
-        choose = lambda new, old: jax.tree.map(
-            lambda a, b: jnp.where(accept, a, b), new, old
-        )
+        one = lambda new, old: jnp.where(accept, new, old)
+        choose = lambda new, old: jax.tree.map(one, new, old)
         left = (lambda new, _: new) if self.guarded else choose
         return {
             "count": jnp.asarray(optax.safe_increment(old.count)),
-            "skipped": jnp.where(
-                accept, old.skipped, optax.safe_increment(old.skipped)
-            ),
+            "skipped": one(old.skipped, optax.safe_increment(old.skipped)),
             "error": left(self.error, old.error),
             "basis": choose(self.basis, old.basis),
             "metric": left(metric, old.metric),
@@ -80,33 +66,24 @@ class Taken(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """How gradients enter a step, and the fields of its state that this needs.
-
-    Attributes:
-        compressor: What makes rows of them.
-        metric: What they are measured in, or None.
-        error: Whether what compression drops is added to the next one.
-        error_dtype: The dtype it is kept in; None for the working dtype.
-        skip_nonfinite: Whether those with entries that are not finite are skipped.
-    """
+    """How gradients enter a step, and the fields of its state that this needs."""
 
     compressor: Compressor
     metric: Metric | None
-    error: bool
-    error_dtype: np.dtype | None
+    error: bool  # whether what compression drops is added to the next one
+    error_dtype: np.dtype | None  # in which that is kept; None for the working dtype
     skip_nonfinite: bool
 
     def init(self, space: Space) -> dict[str, Any]:
         """Return the fields in front of the first step."""
         vector, _, basis = space.zeros()
         zeros = lambda: quantized.zeros(vector, space.specs()[0], self.error_dtype)
-        count = jnp.zeros((), jnp.int32)
         return {
-            "count": count,
-            "skipped": jnp.zeros_like(count),
+            "count": jnp.zeros((), jnp.int32),
+            "skipped": jnp.zeros((), jnp.int32),
             "error": zeros() if self.error else None,
             "basis": basis,
-            "metric": self.metric.init(space.layout) if self.metric else None,
+            "metric": self.metric and self.metric.init(space.layout),
         }
 
     def specs(self, space: Space) -> dict[str, Any]:
@@ -117,7 +94,7 @@ class Feedback:
             "skipped": PartitionSpec(),
             "error": quantized.specs(vector, self.error_dtype) if self.error else None,
             "basis": basis,
-            "metric": self.metric.specs(space.layout) if self.metric else None,
+            "metric": self.metric and self.metric.specs(space.layout),
         }
 
     def take(self, space: Space, updates: chex.ArrayTree, state: Any) -> Taken:
@@ -138,28 +115,28 @@ class Feedback:
             updates = measured.scaled(updates)
         # Dividing the row by the power of two above its largest entry is exact and lets
         # gradients of any magnitude share a window. It needs that magnitude on all
-        # devices, so it is left out where they would have to ask each other. There,
+        # devices, so it is done on one alone, where none has to ask others. On several,
         # norms above 1e19 overflow the Gram matrix, which skips the step, and norms
         # below 1e-19 vanish in it.
-        scaled, error = alone, None
+        error = None
         if state.error is None:
             # Of a gradient that is not accepted nothing is kept, whatever it is.
             packed = space.pack(updates)
-            row, scale, basis = space.compress(packed, state.basis, scaled)
+            row, scale, basis = space.compress(packed, state.basis, scaled=alone)
         else:
             # Knowing beforehand whether to add it, the error is overwritten where it
             # lies; choosing between the new and the old one needs both.
             accept = finite if guarded else jnp.asarray(True)
-            given = updates, state.error, state.basis, accept, state.count, scaled
-            row, scale, error, basis = space.feed(*given)
+            given = updates, state.error, state.basis, accept, state.count
+            row, scale, error, basis = space.feed(*given, scaled=alone)
         return Taken(row, scale, error, basis, finite, space.layout, measured, guarded)
 
 
 @jax.custom_jvp
 def _without_faults(tree: Any, finite: jax.Array) -> Any:
-    """Return `tree`; of a derivative, zeros in place of a gradient that is skipped.
+    """Return `tree`; where it is differentiated, zeros if it is skipped.
 
-    Its products with zeros, which a derivative adds up, would be NaN.
+    Products with zeros, which a derivative adds up, would be NaN.
     """
     del finite
     return tree
@@ -167,6 +144,5 @@ def _without_faults(tree: Any, finite: jax.Array) -> Any:
 
 @_without_faults.defjvp
 def _without_faults_jvp(primals: Any, tangents: Any) -> Any:
-    finite = primals[1]
-    zeroed = lambda tree: jax.tree.map(lambda x: jnp.where(finite, x, 0), tree)
-    return zeroed(primals[0]), zeroed(tangents[0])
+    zeroed = lambda x: jnp.where(primals[1], x, 0)
+    return jax.tree.map(zeroed, (primals[0], tangents[0]))

@@ -7,63 +7,47 @@ parameter. Nothing needs to be said about where the parameters live:
   shares are the shards;
 * under Auto axes their types tell the mesh alone. The step divides every parameter over
   all mesh axes in a way of its own, along the longer side, and the partitioner brings
-  the gradient there and the update back: where the parameters are divided otherwise,
-  each device sends and receives its share, d over the number of devices. Trees of up to
-  2^20 entries are gathered whole instead, so that results are those of one device;
-* the `sharding` argument of the transformation tells it under Auto axes, in JAX's own
-  types: one `NamedSharding`, or a `PartitionSpec` under `jax.set_mesh`, for all
-  parameters or for each. It saves that way there and back.
+  the gradient there and the update back: each device sends and receives its share, d
+  over the number of devices. Trees of up to 2^20 entries are gathered whole instead, so
+  that results are those of one device;
+* the `sharding` argument of the transformation saves that way under Auto axes. It is
+  one `NamedSharding`, or a `PartitionSpec` under `jax.set_mesh`, for all parameters or
+  for each.
 
 State made before the parameters were on the mesh is that of one device, and remains so:
-call `init` with parameters that are where they will be, or under `jax.set_mesh`.
+call `init` with parameters that are where they will be, or under `jax.set_mesh`. Inside
+of `jax.shard_map` a transformation without `sharding` is one of that device, with the
+gradient that is there and a state of its own, which `init` makes there.
 
 The window and the error are divided over *all* mesh axes, so bytes a device fall as one
 over the number of devices; only the m x m Gram matrix and counters are on every device.
 (Low rank: each factor is divided as its side of the matrix is, so matrices are best
-sharded along both sides.)
+sharded along both sides.) What an update exchanges is told at `collectives`.
 
-| parameters | collectives of an update |
-|---|---|
-| replicated (data parallel) | all-reduce of m floats, all-gather of the update |
-| sharded over every mesh axis (FSDP, tensor parallel, both) | all-reduce of m floats |
-| sharded over some axes, none over others | both, the all-gather over *idle* axes |
-
-An axis is idle if it shards no parameter at all. The state is divided over idle axes as
-by ZeRO, which costs the all-gather of each device's shard of the update. To have the
-single all-reduce, shard the parameters over those axes too. A leaf that is replicated
-while others are sharded (a bias beside FSDP matrices) is held by all devices of the
-axis, packed in blocks of its own, and weighs one over their number in inner products:
-keep large leaves sharded.
-
-A metric, which optimizers have by default, adds an all-reduce for each set of mesh axes
-that cuts matrices, of a number for each row or column that is cut. Where parameters are
-replicated there is none.
-
-Inside of `jax.shard_map` a transformation without `sharding` is one of that device: it
-steps with the gradient that is there and a state of its own, which `init` makes there.
-
-Low rank adds a few all-reduces of the small factors, r numbers a column and r^2 a leaf,
-each of them one collective for all leaves together. Where parameters are replicated,
-the leaves of every shape are gathered together, each entry once.
-
-Selection by `top_k` is made in blocks. With parameters replicated the blocks are those
-of one device, so are the results. With parameters sharded, each device cuts its own
-shards into blocks; results are those of one device where blocks hold the same entries,
-and otherwise those of the same method with another choice of blocks. `block_size=None`
-means one block a device. `identity` and `low_rank` have no blocks to align.
+Selection by `top_k` is made in blocks: those of one device where parameters are
+replicated, and of its own shards on each device where they are sharded. Results are
+those of one device where blocks hold the same entries, and otherwise those of the same
+method with another choice of blocks. `block_size=None` means one block a device.
+`identity` and `low_rank` have no blocks to align.
 """
 
 from typing import Any
 
 import chex
 import jax
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 import numpy as np
 import optax
 
-from efcp_jax.devices import description
 from efcp_jax.devices.collectives import collectives as collectives
-from efcp_jax.devices.description import Description, describe
-from efcp_jax.devices.reshard import convert
+from efcp_jax.devices.placement import find
+from efcp_jax.devices.positions import convert
+from efcp_jax.devices.spread import Description, described
+from efcp_jax.devices.trees import strip_boxes
+
+
+_is_own = lambda node: isinstance(node, Description)
 
 
 def state_shardings(
@@ -103,7 +87,30 @@ def state_shardings(
         >>> with jax.set_mesh(mesh):
         ...     state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    return description.state_shardings(tx, params, sharding)
+    state = _describe(tx, params)
+    mesh, given = _param_shardings(params, sharding, state)
+    alone = _alone(params) if mesh is None else NamedSharding(mesh, PartitionSpec())
+    given = [each or alone for each in given]
+
+    def own(leaf: Any) -> Any:
+        if not _is_own(leaf):
+            return alone
+        if leaf.placement is not None:
+            on = _concrete(mesh, leaf.placement.mesh)
+            return jax.tree.map(lambda spec: NamedSharding(on, spec), leaf.specs)
+        if not all(each.is_fully_replicated for each in given):
+            raise ValueError(
+                "Parameters are divided among devices in a way that a traced step"
+                " cannot see. Pass `sharding` to the transformation, or make the"
+                " mesh with Explicit axes."
+            )
+        return jax.tree.map(lambda _: alone, leaf.arrays)
+
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    kept = lambda leaf, at: leaf if is_masked(leaf) else at
+    tree = jax.tree.structure(params).unflatten(given)
+    how = {"transform_non_params": own, "is_leaf": is_masked}
+    return described(optax.tree.map_params, tx, kept, state, tree, **how)
 
 
 def abstract_state(
@@ -122,8 +129,9 @@ def abstract_state(
     Returns:
         A tree of `jax.ShapeDtypeStruct`, without shardings.
     """
-    expand = lambda leaf: leaf.arrays if isinstance(leaf, Description) else leaf
-    return jax.tree.map(expand, describe(tx, params))
+    struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    expand = lambda leaf: leaf.arrays if _is_own(leaf) else struct(leaf)
+    return jax.tree.map(expand, _describe(tx, params), is_leaf=_is_own)
 
 
 def reshard_state(
@@ -155,15 +163,52 @@ def reshard_state(
             `top_k` in the new layout holds more kept entries of one row than it has
             room for. Blocks that hold the same entries in both layouts always fit.
     """
-    old, new = (describe(*each) for each in (source, target))
 
     def place(array: Any, at: Any) -> Any:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, at, lambda part: array[part])
 
     def one(before: Any, after: Any, part: Any, at: Any) -> Any:
-        if isinstance(before, Description):
-            part = convert(part, before, after)
+        part = convert(part, before, after) if _is_own(before) else part
         return jax.tree.map(place, part, at)
 
-    return jax.tree.map(one, old, new, state, state_shardings(*target))
+    each = _describe(*source), _describe(*target), state, state_shardings(*target)
+    return jax.tree.map(one, *each, is_leaf=_is_own)
+
+
+def _describe(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
+    """Return the structs of the state, with a `Description` for each of our own."""
+    new = lambda tree: tx.init(tree)  # JAX may know a state of an old function
+    return described(jax.eval_shape, new, params)
+
+
+def _param_shardings(params: Any, sharding: Any, state: Any) -> tuple[Any, list[Any]]:
+    """Return the mesh, None on one device, and the sharding of each parameter on it."""
+    held = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    held = [each if isinstance(each, NamedSharding) else None for each in held]
+    meshes = [each and each.mesh for each in held]
+    plain = strip_boxes(params)
+    own = filter(_is_own, jax.tree.leaves(state, is_leaf=_is_own))
+    told = (each.placement for each in own if each.told(plain))
+    placed = next(told, None) if sharding is None else find(plain, sharding)
+    if placed is None:
+        return _concrete(*meshes), held
+    mesh = _concrete(placed.mesh, *meshes)
+    return mesh, [NamedSharding(mesh, spec) for spec in placed.specs]
+
+
+def _concrete(*meshes: Any) -> Any:
+    """Return the first mesh of devices among `meshes` and the ambient one, else any."""
+    known = [mesh for mesh in meshes if mesh is not None]
+    alike = lambda mesh: dict(mesh.shape) == dict(known[0].shape)
+    around = [*known, jax.sharding.get_mesh()] if known else []
+    found = (mesh for mesh in around if isinstance(mesh, Mesh) and alike(mesh))
+    return next(found, known[0] if known else None)
+
+
+def _alone(params: chex.ArrayTree) -> SingleDeviceSharding:
+    """Return the first device that holds parameters, or the first there is."""
+    leaves = (x for x in jax.tree.leaves(params) if not isinstance(x, Tracer))
+    held = (leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array))
+    devices = next(held, jax.local_devices())
+    return SingleDeviceSharding(min(devices, key=lambda device: device.id))

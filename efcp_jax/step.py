@@ -1,20 +1,22 @@
 """One step of a preconditioned transformation, on the vectors and rows of one device.
 
-Compress with feedback, insert the row and take its inner products, replace them in the
-Gram matrix, solve for coefficients, combine the rows.
+Compress with feedback, insert the row into the window and take its inner products,
+replace them in the Gram matrix, solve for coefficients, combine the rows.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, passes, window as windows
+from efcp_jax import _validate, passes
 from efcp_jax.compressors import (
+    ROW_AXIS,
     Compressor,
     Space,
     each_gram,
@@ -25,12 +27,61 @@ from efcp_jax.compressors import (
 from efcp_jax.feedback import Feedback, Taken
 from efcp_jax.metrics import required
 from efcp_jax.preconditioners import gram as grams
-from efcp_jax.protocol import Step, transformation
-from efcp_jax.window import Window
+from efcp_jax.protocol import Step
 
 
 # Default number of rows, for every transformation and alias.
 WINDOW_SIZE = 64
+
+
+class Window(NamedTuple):
+    """The sliding window: the last m compressed gradients, in any representation.
+
+    Row i stands for the past gradient $s_i r_i$, with a stored row $r_i$ of magnitude
+    about 1 and a power of two $s_i$. Slots that were never filled are zero, and need no
+    special case. Rows lie end to end along one axis, so a row is a window of one.
+    """
+
+    rows: chex.ArrayTree  # every array `(s, m k, ...)` if a row's is `(s, k, ...)`
+    scale: jax.Array  # the power of two that multiplies each row, `(m,)`
+    slot: jax.Array  # the slot that the next row will overwrite, int32
+    filled: jax.Array  # the number of slots that hold a row, int32
+
+    @classmethod
+    def empty(cls, space: Space, size: int, dtype: jax.typing.DTypeLike) -> "Window":
+        """Return a window of `size` zero rows."""
+
+        def stack(leaf: jax.Array) -> jax.Array:
+            shape = list(leaf.shape)
+            shape[ROW_AXIS] *= size
+            return jnp.zeros(shape, leaf.dtype)
+
+        rows, zero = jax.tree.map(stack, space.zeros()[1]), jnp.zeros((), jnp.int32)
+        return cls(rows, jnp.zeros(size, dtype), zero, jnp.zeros_like(zero))
+
+    @classmethod
+    def specs(cls, space: Space) -> Any:
+        """Return the `PartitionSpec` of each array."""
+        one = PartitionSpec()
+        return cls(space.specs()[1], one, one, one)  # pyright: ignore
+
+    def insert(
+        self, row: chex.ArrayTree, scale: jax.Array, accept: jax.Array
+    ) -> "Window":
+        """Overwrite the oldest row, or return the window as it is if not `accept`."""
+        slot, size = self.slot, self.scale.shape[0]
+        put = lambda old, new: passes.insert(old, new, slot, ROW_AXIS, accept)
+        return Window(
+            rows=jax.tree.map(put, self.rows, row),
+            scale=self.scale.at[slot].set(jnp.where(accept, scale, self.scale[slot])),
+            slot=jnp.where(accept, (slot + 1) % size, slot),
+            filled=jnp.where(accept, jnp.minimum(self.filled + 1, size), self.filled),
+        )
+
+    def products(self, product: Callable[[Any], Any], row: chex.ArrayTree) -> Any:
+        """Return `product` of all rows, `(m,)` or `(g, m)`, once `row` is inserted."""
+        put = lambda every, new: every.at[..., self.slot].set(new[..., 0])
+        return jax.tree.map(put, product(self.rows), product(row))
 
 
 def checked(
@@ -71,16 +122,9 @@ def preconditioned(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation with the coefficients of either preconditioner.
 
-    Args:
-        state_type: The type of its state.
-        coefficients: Returns the coefficients of the stored rows, and what to keep,
-            from the Gram matrix, what was kept, the window behind the insertion, the
-            slot of the newest row and the values of the hyperparameters.
-        keep: Returns what is kept at first, of a window size and dtype.
-        hyperparameters: Numbers or schedules, by name.
-        window_size: Number of rows; None for 64.
-        feedback: How gradients enter, made by `checked`.
-        sharding: Where the parameters live.
+    These are made, with what to keep, of the Gram matrix, what was kept, the window
+    behind the insertion, the slot of the newest row and values of the hyperparameters;
+    `keep` returns what is kept at first, of a window size and dtype.
     """
     # A compressor that drops nothing leaves an error of zero, not worth its memory.
     error = feedback.error and not feedback.compressor.lossless
@@ -88,8 +132,8 @@ def preconditioned(
     size = WINDOW_SIZE if window_size is None else window_size
     size = _validate.positive_int("window_size", size)
     made = _Preconditioned(state_type, coefficients, keep, size, feedback)
-    step = Step(feedback.compressor, made.init, made.specs, made.step)
-    return transformation(step, hyperparameters, sharding)
+    given = made.init, made.specs, made.step, hyperparameters, sharding
+    return Step(feedback.compressor, *given).transformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +151,7 @@ class _Preconditioned:
         copies = lambda value: jax.tree.map(jnp.copy, of_grams(space.counts, value))
         return self.state_type(
             **self.feedback.init(space),
-            window=windows.empty(space, size, dtype),
+            window=Window.empty(space, size, dtype),
             gram=copies(jnp.zeros((size, size), dtype)),
             factor=copies(self.keep(size, dtype)),
         )
@@ -117,7 +161,7 @@ class _Preconditioned:
         factor = jax.eval_shape(lambda: self.keep(self.size, space.layout.dtype))
         return self.state_type(
             **self.feedback.specs(space),
-            window=Window(rows=space.specs()[1], scale=one, slot=one, filled=one),
+            window=Window.specs(space),
             gram=of_grams(space.counts, one),
             factor=of_grams(space.counts, jax.tree.map(lambda _: one, factor)),
         )
@@ -146,15 +190,15 @@ class _Preconditioned:
         if not layout.axes:
             # The row is inserted first: all reading behind the writing needs no copy.
             accept = new.finite if self.feedback.skip_nonfinite else accept
-            window = windows.insert(window, new.row, new.scale, accept)
+            window = window.insert(new.row, new.scale, accept)
             products = multiply(window.rows)
         else:
-            products = windows.products(multiply, window, new.row)
+            products = window.products(multiply, new.row)
         # A device that met an entry that is not finite tells the others in the sum.
         products = jax.tree.map(lambda k: jnp.where(new.finite, k, jnp.nan), products)
         products, share = layout.sum((products, new.share))
         if layout.axes:
             if self.feedback.skip_nonfinite:
                 accept = new.finite & passes.all_finite(jax.tree.leaves(products))
-            window = windows.insert(window, new.row, new.scale, accept)
+            window = window.insert(new.row, new.scale, accept)
         return window, accept, products, share

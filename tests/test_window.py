@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from efcp_jax import window as windows
+from efcp_jax.step import Window
 
 
 M = 4
@@ -31,8 +31,8 @@ class Step(NamedTuple):
         scale: The scale of the new row.
     """
 
-    before: windows.Window
-    after: windows.Window
+    before: Window
+    after: Window
     stored: np.ndarray
     products: Any
     scale: np.ndarray
@@ -49,15 +49,15 @@ def history(name, accept=(True,) * STEPS):
             (before, basis), (gradient, accepted) = carry, given
             row, scale, basis = space.compress(space.pack(gradient), basis, True)
             inner = lambda rows: space.inner(rows, row)
-            products = windows.products(inner, before, row)
-            after = windows.insert(before, row, scale, accepted)
+            products = before.products(inner, row)
+            after = before.insert(row, scale, accepted)
             rows = [cases.stored_row(space, after.rows, i) for i in SLOTS]
             stored = [space.unpack(space.expand(each)) for each in rows]
             vector = jax.tree.map(lambda x: x * scale, space.expand(row))
             step = Step(before, after, stored, products, scale)
             return (after, basis), (step, space.unpack(vector))
 
-        start = windows.empty(space, M, jnp.float32), space.zeros()[2]
+        start = Window.empty(space, M, jnp.float32), space.zeros()[2]
         return jax.lax.scan(insert, start, (gradients, accept))[1]
 
     stacked, inserted = jax.device_get(
@@ -112,7 +112,7 @@ def test_inner_is_the_new_row_of_the_gram_matrix(name):
 
 def test_an_empty_window_is_all_zeros_of_the_stored_types():
     space = cases.bound("top_k-blocks-bf16")
-    window = windows.empty(space, M, jnp.float32)
+    window = Window.empty(space, M, jnp.float32)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(window))
     assert window.rows.values.shape == (1, 4 * M, 3)
     assert window.rows.values.dtype == jnp.bfloat16

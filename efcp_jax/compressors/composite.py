@@ -13,8 +13,8 @@ import numpy as np
 from efcp_jax.compressors.base import Compressor, of_grams
 from efcp_jax.compressors.movers import PartMover
 from efcp_jax.compressors.parts import Part, PartRow, Parts, leaf_parts
+from efcp_jax.devices.collectives import together
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.routines import together
 from efcp_jax.devices.sections import zero_after
 
 

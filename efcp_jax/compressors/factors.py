@@ -19,8 +19,8 @@ import numpy as np
 from efcp_jax import passes, quantized
 from efcp_jax.compressors.movers import FactorMover
 from efcp_jax.compressors.thin import orthonormal, subtract
+from efcp_jax.devices.collectives import Routine
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.routines import Routine
 from efcp_jax.devices.sections import zero_after
 from efcp_jax.numerics import contract, root, roots, saturate
 from efcp_jax.passes import row_scale

@@ -4,7 +4,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax.devices.routines import Routine
+from efcp_jax.devices.collectives import Routine
 from efcp_jax.numerics import contract, roots, saturate
 from efcp_jax.passes import subtract_products
 

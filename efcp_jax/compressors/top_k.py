@@ -1,6 +1,8 @@
 """Sparse rows: the entries of largest magnitude of each block of the gradient."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -14,7 +16,7 @@ from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.composite import each_leaf
 from efcp_jax.compressors.movers import SparseMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.sections import Sections
+from efcp_jax.devices.sections import reader
 from efcp_jax.numerics import saturate
 from efcp_jax.passes import row_scale
 from efcp_jax.passes.entries import DTYPES, SparseRow, Storage, Stored
@@ -63,10 +65,10 @@ class SparseSpace(Blocks):
         )
         return row, scale, rest, basis
 
-    def _sections(self, tree: chex.ArrayTree) -> Sections:
-        if self.flat:
-            return Sections.of(self.layout, tree)
-        return Sections([self.pack(tree).reshape(-1)], self.layout.dtype)
+    def _sections(self, tree: chex.ArrayTree) -> Callable[..., Any]:
+        flat, layout = self.flat, self.layout
+        arrays = layout.flat(tree) if flat else [self.pack(tree).reshape(-1)]
+        return functools.partial(reader, arrays, layout.dtype)
 
     def _row(self, values: jax.Array, offsets: jax.Array, scaled: bool) -> Any:
         # The largest entry is among those that are kept.

@@ -2,9 +2,9 @@
 
 Every leaf becomes a matrix of its last axis against all others: a scalar is `(1, 1)`,
 a vector `(1, n)`, a kernel `(..., c)` is `(prod(...), c)`, and a complex leaf holds its
-real and imaginary parts side by side, `(rows, 2 c)`. On several devices the matrices
-are those of the device's own shards. Everything here is static: a `Layout` is made
-anew from shapes each time a function is traced and never enters the state.
+real and imaginary parts side by side, `(rows, 2 c)`. On several devices they are those
+of the device's own shards. A `Layout` is made from shapes wherever a function is
+traced, and never enters the state.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.devices.routines import joined
+from efcp_jax.devices.collectives import joined
 from efcp_jax.numerics import cast, widest
 
 
@@ -30,20 +30,12 @@ _PIECES = 32
 
 
 class Leaf(NamedTuple):
-    """One leaf as held by one device.
+    """One leaf as held by one device."""
 
-    Attributes:
-        shape: Shape of the device's shard of the leaf.
-        dtype: Dtype in which its update is returned.
-        partition: The mesh axes that split each array axis.
-        whole: Shape of the whole leaf, smaller than its shards together if they are
-            padded.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    partition: tuple[tuple[str, ...], ...]
-    whole: tuple[int, ...]
+    shape: tuple[int, ...]  # of the device's shard
+    dtype: np.dtype  # of its update
+    partition: tuple[tuple[str, ...], ...]  # the mesh axes that split each array axis
+    whole: tuple[int, ...]  # the shape of all shards together, less what is padding
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -74,7 +66,7 @@ class Leaf(NamedTuple):
     @property
     def size(self) -> int:
         """Count of real numbers in the shard."""
-        return math.prod(self.matrix_shape)
+        return self.parts * math.prod(self.shape)
 
     @property
     def whole_size(self) -> int:
@@ -84,26 +76,18 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The leaves of one tree on one device, and the mesh axes the step is spread over.
-
-    Attributes:
-        treedef: Structure of the tree.
-        leaves: One `Leaf` for each leaf, in order.
-        dtype: Working dtype, float32 or float64.
-        mesh: Name and size of every mesh axis the step is spread over; `()` on one
-            device.
-        split: Mesh axes that split no leaf. The working vectors are divided among them
-            and the update is gathered from them.
-        chosen: Whether the step has chosen the division itself. Then no array whose
-            entries are in another order than on one device may have the same shape as
-            there, since the shapes of a state tell which of both has made it.
-    """
+    """The leaves of one tree on one device, and the mesh the step is spread over."""
 
     treedef: Any  # a PyTreeDef
     leaves: tuple[Leaf, ...]
-    dtype: np.dtype
-    mesh: tuple[tuple[str, int], ...] = ()
+    dtype: np.dtype  # the working dtype, float32 or float64
+    mesh: tuple[tuple[str, int], ...] = ()  # names and sizes of all its axes
+    # Those that split no leaf. The working vectors are divided among them and the
+    # update is gathered from them.
     split: tuple[str, ...] = ()
+    # Whether the step has chosen the division itself. Then no array whose entries are
+    # in another order than on one device may have the same shape as there, since the
+    # shapes of a state tell which of both has made it.
     chosen: bool = False
 
     @property
@@ -123,11 +107,7 @@ class Layout:
 
     def sum(self, value: Any) -> Any:
         """Sum a tree of one dtype over all devices; the one collective of a step."""
-        leaves, treedef = jax.tree.flatten(value)
-        if not self.axes or not leaves:
-            return value
-        summed = joined(lax.psum, self.axes, dict(enumerate(leaves)))
-        return treedef.unflatten(summed.values())
+        return joined(lax.psum, self.axes, value)
 
     def own(self, array: jax.Array, axis: int) -> jax.Array:
         """Return this device's part of `array`, divided along `axis` among `split`."""
@@ -146,20 +126,18 @@ class Layout:
     def runs(self, parts: int) -> list[list[int]]:
         """Return the indices of the leaves in runs of about one of `parts` of them all.
 
-        A leaf larger than that is a run by itself, so that it need not be copied to
-        stand beside others; small leaves are taken together, so that a large tree does
-        not become a large program.
+        A larger leaf is a run by itself, not copied to stand beside others; small ones
+        are taken together, so that a large tree does not become a large program.
         """
         limit = max(_SMALLEST_RUN, sum(leaf.size for leaf in self.leaves) // parts)
         runs: list[list[int]] = []
         room = 0
         for index, leaf in enumerate(self.leaves):
-            if runs and leaf.size <= room:
-                runs[-1].append(index)
-                room -= leaf.size
-            else:
-                runs.append([index])
-                room = limit - leaf.size
+            if not runs or leaf.size > room:
+                runs.append([])
+                room = limit
+            runs[-1].append(index)
+            room -= leaf.size
         return runs
 
     def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
@@ -170,11 +148,16 @@ class Layout:
 
     def wide(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` in the working dtype, real or complex."""
-        leaves = []
-        for value, leaf in zip(jax.tree.leaves(tree), self.leaves, strict=True):
-            dtype = widest(self.dtype, jnp.complex64) if leaf.parts == 2 else self.dtype
-            leaves.append(jnp.asarray(value).astype(dtype))
-        return leaves
+        kinds = self.dtype, widest(self.dtype, jnp.complex64)
+        leaves = zip(jax.tree.leaves(tree), self.leaves, strict=True)
+        return [jnp.asarray(x).astype(kinds[leaf.parts - 1]) for x, leaf in leaves]
+
+    def flat(self, tree: chex.ArrayTree) -> list[jax.Array]:
+        """Return the leaves of `tree` flat, complex ones alone as `matrices` are."""
+        pairs = zip(jax.tree.leaves(tree), self.matrices(tree), strict=True)
+        # The others are widened where they are read.
+        arrays = [w if jnp.iscomplexobj(x) else jnp.asarray(x) for x, w in pairs]
+        return [x.reshape(-1) for x in arrays]
 
     def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` as real matrices in the working dtype."""

@@ -1,67 +1,61 @@
-"""Which entry of the parameters each entry of a state's arrays stands for.
+"""States carried from one layout to another.
 
-The global arrays of a state depend on how many devices made it: blocks are padded to
-divide among devices, and each device packs its own shards. Here the layout of a state
-is written out as NumPy arrays of positions, on the host, so that a state can be carried
-from one layout to another. Position -1 is padding.
+The global arrays of a state depend on the devices that made it: blocks are padded to
+divide among them, and each packs its own shards. Here a layout is written out as NumPy
+arrays of positions, on the host: numbers of entries of the parameters, -1 for padding.
 """
 
 from collections.abc import Iterator
-import itertools
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 
+from efcp_jax import quantized
 from efcp_jax.devices.layout import Layout, Leaf
+from efcp_jax.devices.spread import Description
 
 
 def of_blocks(blocks: Any) -> np.ndarray:
-    """Return the positions of the entries of all blocks of all devices.
+    """Return the positions of the entries of all `Blocks` of all devices.
 
-    Args:
-        blocks: The `Blocks` of a device.
-
-    Returns:
-        Places in the leaves laid end to end, int64, shape `(global blocks, size)`.
+    In the leaves laid end to end; shape `(global blocks, size)`.
     """
     layout: Layout = blocks.layout
-    sizes = [leaf.whole_size for leaf in layout.leaves]
-    starts = np.cumsum([0, *sizes])
+    each, start = [], 0
+    for leaf in layout.leaves:
+        whole, *held = _axes(leaf)
+        numbers = start + np.arange(leaf.whole_size).reshape(whole)
+        each.append(functools.partial(_part, numbers, *held, layout))
+        start += leaf.whole_size
     parts = []
     for at in _devices(layout, layout.axes):
         pieces = []
         for indices, count in blocks.groups:
-            entries = [_entries(layout.leaves[i], layout, at) for i in indices]
-            held = [
-                np.where(places < 0, -1, starts[i] + places)
-                for i, places in zip(indices, entries, strict=True)
-            ]
-            used = sum(piece.size for piece in held)
-            padding = np.full(count * blocks.size - used, -1, np.int64)
-            pieces += [*(piece.reshape(-1) for piece in held), padding]
+            pieces += [each[i](at).reshape(-1) for i in indices]
+            used = sum(layout.leaves[i].size for i in indices)
+            pieces.append(np.full(count * blocks.size - used, -1))
         rows = np.concatenate(pieces).reshape(-1, blocks.size)
         parts.append(_own(rows, layout, at))
     return np.concatenate(parts)
 
 
 def of_matrix(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the rows and of the columns of a factorised leaf.
-
-    Args:
-        layout: That of leaves of equal matrices.
-
-    Returns:
-        Row and column numbers in a leaf's whole matrix, two arrays of int64.
-    """
+    """Return the positions of the rows and of the columns of equal matrices."""
     leaf, rows = layout.leaves[0], []
+    whole, held, names = _axes(leaf)
+
+    def numbers(which: slice, at: dict[str, int]) -> np.ndarray:
+        shape = whole[which]
+        every = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+        return _part(every, held[which], names[which], layout, at).reshape(-1)
+
     for at in _devices(layout, (*leaf.row_axes, *layout.split)):
-        numbers = _part(leaf, layout, at, slice(0, -1)).reshape(-1)
-        missing = -numbers.size % layout.ways(layout.split)
-        rows.append(_own(np.pad(numbers, (0, missing), constant_values=-1), layout, at))
-    columns = [
-        _real(_part(leaf, layout, at, slice(-1, None)), leaf)
-        for at in _devices(layout, leaf.col_axes)
-    ]
+        found = numbers(slice(-2), at)
+        missing = -found.size % layout.ways(layout.split)
+        rows.append(_own(np.pad(found, (0, missing), constant_values=-1), layout, at))
+    columns = [numbers(slice(-2, None), at) for at in _devices(layout, leaf.col_axes)]
     return np.concatenate(rows), np.concatenate(columns)
 
 
@@ -83,13 +77,20 @@ def take(array: Any, index: np.ndarray, axis: int) -> np.ndarray:
     return np.where(index.reshape(shape) >= 0, taken, np.zeros((), array.dtype))
 
 
-def _devices(layout: Layout, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-    """Yield the coordinates of the devices along `axes`, in the order of their parts.
+def _axes(leaf: Leaf) -> tuple[Any, Any, Any]:
+    """Return a leaf's shape, a shard's, and what divides it, with an axis of parts.
 
-    Coordinates along other axes are 0.
+    That is of real and imaginary parts, in front of the columns.
     """
+    parts, with_parts = leaf.parts, lambda each, x: (*each[:-1], x, each[-1])
+    whole, held = (with_parts(x or (1,), parts) for x in (leaf.whole, leaf.shape))
+    return whole, held, with_parts(leaf.partition or ((),), ())
+
+
+def _devices(layout: Layout, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+    """Yield the coordinates of devices along `axes` in order, 0 along all others."""
     sizes = dict(layout.mesh)
-    for numbers in itertools.product(*(range(sizes[axis]) for axis in axes)):
+    for numbers in np.ndindex(*(sizes[axis] for axis in axes)):
         yield dict.fromkeys(sizes, 0) | dict(zip(axes, numbers, strict=True))
 
 
@@ -107,35 +108,71 @@ def _own(array: np.ndarray, layout: Layout, at: dict[str, int]) -> np.ndarray:
     return array[start : start + part]
 
 
-def _part(leaf: Leaf, layout: Layout, at: dict[str, int], which: slice) -> np.ndarray:
-    """Return the numbers of the entries of a shard, over the axes `which`."""
-    numbers, held = np.zeros((), np.int64), np.ones((), bool)
-    for size, count, names in zip(
-        leaf.shape[which], _whole(leaf)[which], leaf.partition[which], strict=True
-    ):
-        places = size * _number(layout, names, at) + np.arange(size)
-        numbers = numbers[..., None] * count + places
-        held = held[..., None] & (places < count)
-    return np.where(held, numbers, -1)
+def _part(
+    array: np.ndarray, shape: Any, partition: Any, layout: Layout, at: dict[str, int]
+) -> np.ndarray:
+    """Return a device's part, of `shape`, of an array that `partition` divides."""
+    sides = list(zip(shape, partition, strict=True))
+    starts = [size * _number(layout, names, at) for size, names in sides]
+    held = array[*(slice(a, a + n) for a, n in zip(starts, shape, strict=True))]
+    part = np.full(shape, -1)
+    part[*map(slice, held.shape)] = held
+    return part
 
 
-def _whole(leaf: Leaf) -> tuple[int, ...]:
-    """Return the shape of the whole leaf, of as many axes as that of its shards."""
-    return leaf.whole if leaf.whole or not leaf.shape else (1,)
+def convert(state: Any, source: Description, target: Description) -> Any:
+    """Return `state`, made for the layout of `source`, in that of `target`."""
+    _check(state, source, target)
+    mover, like = source.space.mover(target.space), target.arrays
+
+    def error(held: Any) -> Any:
+        vector = mover.vector(quantized.load(jax.tree.map(np.asarray, held)))
+        return quantized.store_on_host(vector, like.error)
+
+    ways = {
+        "error": error,
+        "basis": lambda held: mover.basis(held),  # not every mover knows one
+        "metric": lambda held: jax.tree.map(_fitted, held, like.metric),
+        "gram": mover.grams,
+        "factor": mover.grams,
+        "window": lambda held: held._replace(rows=mover.rows(held.rows)),
+    }
+    held = {name: getattr(state, name, None) for name in ways}
+    moved = {n: ways[n](each) for n, each in held.items() if each is not None}
+    return state._replace(**moved)
 
 
-def _real(columns: np.ndarray, leaf: Leaf) -> np.ndarray:
-    """Return the columns of the real matrix that stand for `columns` of the leaf."""
-    columns = columns.reshape(-1)
-    if leaf.parts == 1:
-        return columns
-    count = _whole(leaf)[-1] if leaf.shape else 1
-    return np.concatenate([columns, np.where(columns < 0, -1, count + columns)])
+def _fitted(array: Any, like: Any) -> np.ndarray:
+    """Return `array` in the shape of `like`, cut or padded; scalars may be padded."""
+    array = np.atleast_1d(np.asarray(array))
+    fitted = np.zeros(like.shape or (1,), array.dtype)
+    both = [slice(min(pair)) for pair in zip(array.shape, fitted.shape, strict=True)]
+    fitted[*both] = array[*both]
+    return fitted.reshape(like.shape)
 
 
-def _entries(leaf: Leaf, layout: Layout, at: dict[str, int]) -> np.ndarray:
-    """Return the positions of a shard's real matrix in the whole real matrix."""
-    rows = _part(leaf, layout, at, slice(0, -1)).reshape(-1, 1)
-    columns = _real(_part(leaf, layout, at, slice(-1, None)), leaf)
-    width = leaf.parts * (_whole(leaf)[-1] if leaf.shape else 1)
-    return np.where((rows < 0) | (columns < 0), -1, rows * width + columns)
+def _check(state: Any, source: Description, target: Description) -> None:
+    """Raise unless the two states differ in their layout only."""
+    pairs = zip(jax.tree.leaves(source.arrays), jax.tree.leaves(state), strict=True)
+    for made, received in pairs:
+        if made.shape != np.shape(received):
+            raise ValueError(
+                f"`state` was not made for `source`: it has an array of shape"
+                f" {np.shape(received)} where `source` makes {made.shape}."
+            )
+    for what, of in {
+        "states of different structure": _structure,
+        "parameters of different shapes": lambda x: [
+            leaf.whole for leaf in x.space.layout.leaves
+        ],
+    }.items():
+        old, new = of(source), of(target)
+        if old != new:
+            raise ValueError(f"`source` and `target` have {what}: {old} and {new}.")
+
+
+def _structure(description: Description) -> Any:
+    """Return the kinds of the fields, whichever way rows and groups are stored."""
+    fields = description.arrays._asdict()
+    kinds = {name: type(value).__name__ for name, value in fields.items()}
+    return type(description.space).__name__, kinds

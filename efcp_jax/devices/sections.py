@@ -1,121 +1,74 @@
-"""Leaves laid end to end, read and written some at a time.
+"""Leaves laid end to end, read and written some at a time, by loops on CPUs.
 
-For loops on CPUs, where what is computed is written where it is wanted. A section is
-read where its leaf lies: no array as long as the model is made to lay leaves side by
-side, or to widen them. Leaves are written a run of them at a time, so that never all of
-them are copied.
+A section is read where its leaf lies: no array as long as the model is made to lay
+leaves side by side, or to widen them. Leaves are written a run of them at a time, so
+that never all of them are copied.
 """
 
 from collections.abc import Callable, Sequence
 import functools
 import itertools
-from typing import Any, TypeAlias
+from typing import Any
 
-import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import indexed
 
 
-# From the number of a section to its entries.
-Read: TypeAlias = Callable[[Any], jax.Array]
+def reader(
+    arrays: Sequence[jax.Array], dtype: np.dtype, firsts: Sequence[int], size: int
+) -> Callable[[jax.Array], jax.Array]:
+    """Return what reads sections of flat `arrays`, laid end to end, by their numbers.
 
-
-class Sections:
-    """Arrays laid end to end.
-
-    Args:
-        arrays: Of one axis each.
-        dtype: In which they are read.
+    Each is of `size` entries of `dtype`, and begins at one of `firsts`; behind the last
+    array there are zeros. One inside of an array is cut from it; each of the others is
+    put together by a branch of its own. So there are no more branches than sections.
     """
+    ends = [0, *np.cumsum([len(x) for x in arrays]).tolist()]
 
-    def __init__(self, arrays: Sequence[jax.Array], dtype: np.dtype):
-        self._arrays = arrays
-        self._ends = [0, *np.cumsum([len(x) for x in arrays]).tolist()]
-        self._dtype = dtype
+    def inside(index: int, first: jax.Array) -> jax.Array:
+        place = first - ends[index]
+        return lax.dynamic_slice_in_dim(arrays[index], place, size).astype(dtype)
 
-    @classmethod
-    def of(cls, layout: Layout, tree: chex.ArrayTree) -> "Sections":
-        """Return the entries of `tree`, all of whose leaves are on this device."""
-        given = zip(
-            jax.tree.leaves(tree), layout.leaves, layout.matrices(tree), strict=True
-        )
-        # Widened where they are read, but for complex leaves, whose parts are laid out.
-        arrays = [w if leaf.parts == 2 else jnp.asarray(x) for x, leaf, w in given]
-        return cls([x.reshape(-1) for x in arrays], layout.dtype)
-
-    def every(self, firsts: Sequence[int], size: int) -> Read:
-        """Return what reads one of several sections of `size` entries.
-
-        A section inside one array is cut from it; each of the others is put together by
-        a branch of its own. So there are no more branches than sections.
-
-        Args:
-            firsts: Where each section begins. Behind the last array there are zeros.
-            size: Entries of a section.
-
-        Returns:
-            Function from the number of a section to an array `(size,)`.
-        """
-        reads: list[Read] = []
-        numbers: dict[Any, int] = {}
-        chosen = []
-        for first in firsts:
-            index = int(np.searchsorted(self._ends, first, side="right")) - 1
-            inside = index < len(self._arrays) and first + size <= self._ends[index + 1]
-            key = index if inside else (first,)
-            if key not in numbers:
-                numbers[key] = len(reads)
-                cut = functools.partial(self._inside, index, size)
-                across = functools.partial(self._across, first, size)
-                reads.append(cut if inside else across)
-            chosen.append(numbers[key])
-        table = np.array([chosen, firsts], np.int32)
-
-        def read(i: Any) -> jax.Array:
-            number, first = jnp.asarray(table)[:, i]
-            return lax.switch(number, reads, first)
-
-        return read
-
-    def _inside(self, index: int, size: int, first: jax.Array) -> jax.Array:
-        """Return the section that begins at `first` and lies in one array."""
-        place = first - self._ends[index]
-        piece = lax.dynamic_slice_in_dim(self._arrays[index], place, size)
-        return piece.astype(self._dtype)
-
-    def _across(self, start: int, size: int, first: jax.Array) -> jax.Array:
-        """Return the section that begins at `start`, which `first` is."""
-        del first
-        pieces, missing = [], size
-        for array, end in zip(self._arrays, self._ends[1:], strict=True):
-            begin = end - len(array)
-            low, high = max(start, begin), min(start + size, end)
+    def across(start: int, _: jax.Array) -> jax.Array:
+        pieces = []
+        for array, begin in zip(arrays, ends[:-1], strict=True):
+            low, high = max(start - begin, 0), min(start + size - begin, len(array))
             if low < high:
-                pieces.append(array[low - begin : high - begin].astype(self._dtype))
-                missing -= high - low
-        return jnp.concatenate([*pieces, jnp.zeros(missing, self._dtype)])
+                pieces.append(array[low:high].astype(dtype))
+        return jnp.concatenate(
+            [*pieces, jnp.zeros(size - sum(map(len, pieces)), dtype)]
+        )
+
+    branches: dict[Any, Callable[[jax.Array], jax.Array]] = {}
+    chosen = []
+    for first in firsts:
+        index = int(np.searchsorted(ends, first, side="right")) - 1
+        whole = index < len(arrays) and first + size <= ends[index + 1]
+        cut, at = (inside, index) if whole else (across, first)
+        branches.setdefault((cut, at), functools.partial(cut, at))
+        chosen.append(list(branches).index((cut, at)))
+    table = np.array([chosen, firsts], np.int32)
+
+    def read(i: jax.Array) -> jax.Array:
+        number, first = jnp.asarray(table)[:, i]
+        return lax.switch(number, list(branches.values()), first)
+
+    return read
 
 
 def sweep(
-    count: int,
-    chunk: int,
-    start: Any,
-    step: Callable[[Any, Any, int], Any],
+    count: int, chunk: int, start: Any, step: Callable[[Any, Any, int], Any]
 ) -> Any:
     """Fold `step(carry, first unit, number of units)` over `count` units."""
     chunk = max(1, min(chunk, count))
-    whole = count // chunk
-    carry = lax.fori_loop(
-        0, whole, lambda i, carry: step(carry, i * chunk, chunk), start
-    )
-    if count % chunk:
-        carry = step(carry, whole * chunk, count % chunk)
-    return carry
+    whole, rest = divmod(count, chunk)
+    one = lambda i, carry: step(carry, i * chunk, chunk)
+    carry = lax.fori_loop(0, whole, one, start)
+    return step(carry, whole * chunk, rest) if rest else carry
 
 
 def part(tree: Any, start: Any, chunk: int) -> Any:
@@ -141,22 +94,12 @@ def write(
     units: Callable[[Any, int], jax.Array],
     zero: jax.Array,
 ) -> list[jax.Array]:
-    """Return the leaves whose entries, laid end to end, are those of `units`.
+    """Return the leaves, flat, whose entries laid end to end are those of `units`.
 
-    The entries of a run are computed into one array, which is cut into its leaves,
-    before those of the next run are begun. A leaf that is a run by itself is not
-    copied at all.
-
-    Args:
-        runs: The sizes of the leaves of every run.
-        unit: Entries of a unit.
-        chunk: How many units are computed at once.
-        units: From the number of a unit and a count to the entries of that many units,
-            laid end to end; the last one may reach beyond the last leaf.
-        zero: A zero like the entries.
-
-    Returns:
-        One flat array for each leaf, in order.
+    These are of `unit` entries each, some from a number on, at most `chunk` at once;
+    the last one may reach beyond the last leaf. `runs` are sizes of leaves. The entries
+    of a run are computed into one array, which is cut into its leaves, before those of
+    the next run are begun. A leaf that is a run by itself is not copied at all.
     """
     leaves: list[jax.Array] = []
     start = 0
@@ -165,10 +108,8 @@ def write(
         stop = start + int(ends[-1])
         # One run at least, of no entries where leaves have none.
         cuts = [*range(start, max(stop, start + 1), indexed()), stop]
-        parts = [
-            _run(low, high, unit, chunk, units, zero)
-            for low, high in itertools.pairwise(cuts)
-        ]
+        given = unit, chunk, units, zero
+        parts = [_run(*between, *given) for between in itertools.pairwise(cuts)]
         pieces = jnp.split(jnp.concatenate(parts), ends[:-1])
         zero = zero_after(zero, *pieces)
         leaves += pieces

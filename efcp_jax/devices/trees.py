@@ -14,18 +14,10 @@ Prefix: TypeAlias = tuple[tuple[tuple[str, ...], Any], ...]
 def broadcast(
     given: Prefix, tree: chex.ArrayTree, fail: Callable[[str, Any], Exception]
 ) -> list[Any]:
-    """Return what is given for each leaf of `tree`, by its path.
+    """Return what the prefix `given` says of each leaf of `tree`, by its path.
 
-    Going by paths lets a masked or partitioned tree keep the prefix of the whole.
-
-    Args:
-        given: A prefix of a tree that contains `tree`.
-        tree: Any tree.
-        fail: From the name of a leaf for which nothing is given, and the leaf, to an
-            exception.
-
-    Returns:
-        One value for each leaf, in order.
+    So a masked or partitioned tree can keep the prefix of the whole. `fail` returns an
+    exception for a leaf of which nothing is said, from its name and itself.
     """
     known, found = dict(given), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -54,21 +46,17 @@ def strip_boxes(tree: Any) -> Any:
     State made by mapping over Flax's `nnx.Variable` or `nn.Partitioned` would inherit
     the axis names of the parameter, on arrays that have other axes.
     """
+    has = lambda node, *names: all(hasattr(node, name) for name in names)
+    is_variable = lambda node: has(node, "get_metadata", "get_value")
+    is_box = lambda node: has(node, "unbox", "replace_boxed")
 
     def strip(node: Any) -> Any:
         if is_variable(node):
             return node.get_value()
         if is_box(node):
             # Not `unbox`, which under a mesh is a sharding constraint as well.
-            (value,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
-            return value
+            (node,) = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
         return node
 
-    is_box = lambda node: hasattr(node, "unbox") and hasattr(node, "replace_boxed")
     is_leaf = lambda node: is_variable(node) or is_box(node)
     return jax.tree.map(strip, tree, is_leaf=is_leaf)
-
-
-def is_variable(node: Any) -> bool:
-    """Return whether `node` is a variable of Flax's nnx, or one like it."""
-    return hasattr(node, "get_metadata") and hasattr(node, "get_value")

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from efcp_jax import _validate, passes
+from efcp_jax.devices.collectives import together
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.routines import together
 from efcp_jax.metrics import moments
 from efcp_jax.metrics.base import Measured
 from efcp_jax.metrics.moments import MetricState

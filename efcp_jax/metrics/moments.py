@@ -15,8 +15,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.devices.collectives import Routine
 from efcp_jax.devices.layout import Layout, Leaf
-from efcp_jax.devices.routines import Routine
 from efcp_jax.numerics import cast, root
 
 

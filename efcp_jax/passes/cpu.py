@@ -126,7 +126,7 @@ def feed(
     # The last round begins early enough to be as long as the others: another length
     # would be another program, whose gradient is read ahead.
     firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
-    read = sections.every([lanes * size * i for i in firsts], lanes * size * chunk)
+    read = sections([lanes * size * i for i in firsts], lanes * size * chunk)
 
     def step(i: jax.Array, carry: Any) -> Any:
         start = jnp.minimum(i * chunk, units - chunk)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate, _validate_trees, window as windows
+from efcp_jax import _validate, _validate_trees
 from efcp_jax.compressors import Compressor, each_gram, of_grams, scoped
 from efcp_jax.preconditioners.mfac import Ridge, ridge
-from efcp_jax.protocol import Step, transformation
+from efcp_jax.protocol import Step
 from efcp_jax.reports import only_state
+from efcp_jax.step import Window
 from efcp_jax.transforms import ScaleByMfacState
-from efcp_jax.window import Window
 
 
 # Products, each with what those before have left over of the tree; and how often the
@@ -130,14 +130,13 @@ def _solver(
     size = len(state.window.scale)
 
     def init(space):
-        window = windows.empty(space, size, space.layout.dtype)
+        window = Window.empty(space, size, space.layout.dtype)
         gram = jnp.zeros((size, size), space.layout.dtype)
         return _Held(window, of_grams(space.counts, gram))
 
     def specs(space):
         one: Any = PartitionSpec()
-        window = Window(rows=space.specs()[1], scale=one, slot=one, filled=one)
-        return _Held(window, of_grams(space.counts, one))
+        return _Held(Window.specs(space), of_grams(space.counts, one))
 
     def step(space, updates, held, values):
         damping = jnp.asarray(values["damping"], space.layout.dtype)
@@ -148,8 +147,8 @@ def _solver(
         product = fisher.refined(space.pack(updates))
         return space.layout.cast(space.unpack(product)), held
 
-    product = Step(compressor, init, specs, step)
-    return transformation(product, {"damping": damping}, sharding)
+    given = {"damping": damping}
+    return Step(compressor, init, specs, step, given, sharding).transformation
 
 
 class _Fisher(NamedTuple):

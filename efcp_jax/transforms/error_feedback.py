@@ -12,7 +12,7 @@ from efcp_jax._docstrings import documented
 from efcp_jax.compressors import Compressor, Space
 from efcp_jax.feedback import Feedback
 from efcp_jax.metrics import Metric, MetricState
-from efcp_jax.protocol import Step, transformation
+from efcp_jax.protocol import Step
 from efcp_jax.step import checked
 
 
@@ -74,8 +74,10 @@ def error_feedback(
         lambda space: ErrorFeedbackState(**feedback.init(space)),
         lambda space: ErrorFeedbackState(**feedback.specs(space)),
         functools.partial(_step, feedback),
+        {},
+        sharding,
     )
-    return transformation(step, {}, sharding)
+    return step.transformation
 
 
 def _step(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efcp_jax.compressors.thin import orthonormal
-from efcp_jax.devices.routines import together
+from efcp_jax.devices.collectives import together
 
 
 @jax.jit

@@ -14,7 +14,7 @@ import sharding_cases as cases
 
 import efcp_jax
 from efcp_jax.compressors.blocks import Blocks
-from efcp_jax.devices import auto, placement, positions
+from efcp_jax.devices import placement, positions
 from efcp_jax.sharding import collectives, reshard_state, state_shardings
 
 
@@ -34,7 +34,7 @@ PLACES = [(alias, where, "jit", False) for alias in cases.ALIASES for where in P
 @pytest.fixture
 def divided(monkeypatch):
     """Divide small trees as large ones."""
-    monkeypatch.setattr(auto, "GATHERED", 0)
+    monkeypatch.setattr(placement, "GATHERED", 0)
 
 
 @functools.cache
@@ -83,10 +83,9 @@ def test_a_small_tree_gives_the_numbers_of_one_device(alias, placing, how, ambie
 
 def chosen(where):
     shapes = [(shape, np.float32) for shape in cases.SHAPES.values()]
-    found = auto.divide(shapes, where.mesh)
-    assert [each.shape for each in found] == list(cases.SHAPES.values())
-    specs = dict(zip(cases.SHAPES, [each.spec for each in found], strict=True))
-    return cases.Placing(where.mesh, specs)
+    specs, padded = placement.divide(shapes, where.mesh)
+    assert list(padded) == list(cases.SHAPES.values())
+    return cases.Placing(where.mesh, dict(zip(cases.SHAPES, specs, strict=True)))
 
 
 @pytest.mark.slow
@@ -243,9 +242,8 @@ def test_a_shape_of_one_device_is_that_of_its_order(mesh, tile, size, divided):
     )
     for shapes in ([(16, 8)], [(32,), (8, 16)], [(64, 64), (8,)], [(7, 5)]):
         tree = [np.zeros(shape, np.float32) for shape in shapes]
-        found = auto.divide([(s, np.float32) for s in shapes], mesh)
-        specs, padded = zip(*found, strict=True)
-        placed = placement.Placement(axes, specs, padded)
+        found = placement.divide([(s, np.float32) for s in shapes], mesh)
+        placed = placement.Placement(axes, *found)
         many, one = (
             positions.of_blocks(
                 Blocks.of(placement.layout(tree, np.float32, each), size, tile)

@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import efcp_jax
-from efcp_jax.devices import auto
+from efcp_jax.devices import placement
 
 
 SHAPES = {"b": (12,), "w": (24, 12)}
@@ -56,7 +56,7 @@ def loss(params, inputs, targets):
 
 def setting(case, mesh):
     """Return the optimizer, and parameters without data, on `mesh`."""
-    auto.GATHERED = UNTOLD.get(case, 0)
+    placement.GATHERED = UNTOLD.get(case, 0)
     specs, make = CASES[case]
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = {

@@ -106,7 +106,7 @@ class Trainer:
                     break  # it does not come back
         outcomes = [_result(i, curve, held_out) for i in range(len(seeds))]
         if self.workload.tests is not None:
-            test = self.evaluate(*carry[:2], self.workload.tests())
+            test = self.evaluate(carry[0], carry[1], self.workload.tests())
             for i, outcome in enumerate(outcomes):
                 outcome |= {f"test_{k}": float(f"{v[i]:.6g}") for k, v in test.items()}
         for outcome in outcomes:
