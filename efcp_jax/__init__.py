@@ -41,9 +41,9 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     reports                             diagnostics and memory, from states
     optimizers                          chains that end in the learning rate
     transforms                          what users chain, and its states
-    step                                the window; compress, insert, solve, combine
+    step                                compress, insert, inner, solve, combine
     protocol                            a step as an Optax transformation
-    feedback                            the gradient's way in: metric, error, row
+    feedback                            the gradient's way in: metric, error, window
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
     metrics                             what gradients are measured in
     compressors                         what a row is, one representation a file

@@ -6,9 +6,8 @@ replace them in the Gram matrix, solve for coefficients, combine the rows.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -16,7 +15,6 @@ import optax
 
 from efcp_jax import _validate, passes
 from efcp_jax.compressors import (
-    ROW_AXIS,
     Compressor,
     Space,
     each_gram,
@@ -24,7 +22,7 @@ from efcp_jax.compressors import (
     of_grams,
     scoped,
 )
-from efcp_jax.feedback import Feedback, Taken
+from efcp_jax.feedback import Feedback, Taken, Window
 from efcp_jax.metrics import required
 from efcp_jax.preconditioners import gram as grams
 from efcp_jax.protocol import Step
@@ -32,56 +30,6 @@ from efcp_jax.protocol import Step
 
 # Default number of rows, for every transformation and alias.
 WINDOW_SIZE = 64
-
-
-class Window(NamedTuple):
-    """The sliding window: the last m compressed gradients, in any representation.
-
-    Row i stands for the past gradient $s_i r_i$, with a stored row $r_i$ of magnitude
-    about 1 and a power of two $s_i$. Slots that were never filled are zero, and need no
-    special case. Rows lie end to end along one axis, so a row is a window of one.
-    """
-
-    rows: chex.ArrayTree  # every array `(s, m k, ...)` if a row's is `(s, k, ...)`
-    scale: jax.Array  # the power of two that multiplies each row, `(m,)`
-    slot: jax.Array  # the slot that the next row will overwrite, int32
-    filled: jax.Array  # the number of slots that hold a row, int32
-
-    @classmethod
-    def empty(cls, space: Space, size: int, dtype: jax.typing.DTypeLike) -> "Window":
-        """Return a window of `size` zero rows."""
-
-        def stack(leaf: jax.Array) -> jax.Array:
-            shape = list(leaf.shape)
-            shape[ROW_AXIS] *= size
-            return jnp.zeros(shape, leaf.dtype)
-
-        rows, zero = jax.tree.map(stack, space.zeros()[1]), jnp.zeros((), jnp.int32)
-        return cls(rows, jnp.zeros(size, dtype), zero, jnp.zeros_like(zero))
-
-    @classmethod
-    def specs(cls, space: Space) -> Any:
-        """Return the `PartitionSpec` of each array."""
-        one = PartitionSpec()
-        return cls(space.specs()[1], one, one, one)  # pyright: ignore
-
-    def insert(
-        self, row: chex.ArrayTree, scale: jax.Array, accept: jax.Array
-    ) -> "Window":
-        """Overwrite the oldest row, or return the window as it is if not `accept`."""
-        slot, size = self.slot, self.scale.shape[0]
-        put = lambda old, new: passes.insert(old, new, slot, ROW_AXIS, accept)
-        return Window(
-            rows=jax.tree.map(put, self.rows, row),
-            scale=self.scale.at[slot].set(jnp.where(accept, scale, self.scale[slot])),
-            slot=jnp.where(accept, (slot + 1) % size, slot),
-            filled=jnp.where(accept, jnp.minimum(self.filled + 1, size), self.filled),
-        )
-
-    def products(self, product: Callable[[Any], Any], row: chex.ArrayTree) -> Any:
-        """Return `product` of all rows, `(m,)` or `(g, m)`, once `row` is inserted."""
-        put = lambda every, new: every.at[..., self.slot].set(new[..., 0])
-        return jax.tree.map(put, product(self.rows), product(row))
 
 
 def checked(

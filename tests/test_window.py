@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from efcp_jax.step import Window
+from efcp_jax.feedback import Window
 
 
 M = 4

@@ -75,7 +75,7 @@ def collectives(program: Any) -> list[tuple[str, int]]:
         other work.
 
     Notes:
-        What an update of this package exchanges:
+        What an update of this package exchanges, with m floats for a window of m rows:
 
         | parameters | collectives |
         |---|---|

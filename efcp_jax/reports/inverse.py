@@ -11,10 +11,10 @@ import optax
 
 from efcp_jax import _validate, _validate_trees
 from efcp_jax.compressors import Compressor, each_gram, of_grams, scoped
+from efcp_jax.feedback import Window
 from efcp_jax.preconditioners.mfac import Ridge, ridge
 from efcp_jax.protocol import Step
 from efcp_jax.reports import only_state
-from efcp_jax.step import Window
 from efcp_jax.transforms import ScaleByMfacState
 
 

@@ -10,10 +10,11 @@ import optax
 from efcp_jax import _validate
 from efcp_jax._docstrings import GGT, documented
 from efcp_jax.compressors import Compressor
+from efcp_jax.feedback import Window
 from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished, root
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
-from efcp_jax.step import Window, checked, preconditioned
+from efcp_jax.step import checked, preconditioned
 
 
 # Relative to the window: above what float32 resolves of its singular values, and from

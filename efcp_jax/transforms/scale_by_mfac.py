@@ -10,10 +10,11 @@ import optax
 from efcp_jax import _validate
 from efcp_jax._docstrings import MFAC, documented
 from efcp_jax.compressors import Compressor
+from efcp_jax.feedback import Window
 from efcp_jax.metrics import Metric, MetricState
 from efcp_jax.numerics import not_vanished, root, saturate
 from efcp_jax.preconditioners import gram as grams, mfac_coefficients, system as systems
-from efcp_jax.step import Window, checked, preconditioned
+from efcp_jax.step import checked, preconditioned
 
 
 # Relative to the window, which of 0.01, 0.1 and 1 trained best or close to it for
