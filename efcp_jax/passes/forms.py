@@ -4,11 +4,8 @@ The vector is `(blocks, size)`. Small blocks lie side by side in tiles: entry nu
 of 128 blocks is one line of a tile, which is what a TPU or GPU loads, compares and
 multiplies at once. A row is `(tiles, k, lanes)` values and offsets, a window of m rows
 `(tiles, m k, lanes)`, with `blocks = tiles * lanes`. Entries of blocks of more than 256
-entries are `(blocks, k)` and `(blocks, m k)`.
-
-A row has a few entries a small block, so inner products compare offsets in place of
-gathering, and sums compare offsets with all places in place of scattering, but on CPUs:
-no float is added in an order that is left open.
+entries are `(blocks, k)` and `(blocks, m k)`. No float is added in an order that is
+left open.
 """
 
 from collections.abc import Callable

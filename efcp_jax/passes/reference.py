@@ -1,7 +1,6 @@
 """The passes over sparse rows, as plainly as they can be written.
 
-No platform is thought of here: this is what the forms of `cpu`, `gpu` and `tpu` must
-compute, and the form of every other platform. What each pass means says `forms.Form`.
+This is what `cpu`, `gpu` and `tpu` must compute, and the form of all other platforms.
 """
 
 import itertools

@@ -40,10 +40,9 @@ def feeds(form: Any, error: Any) -> bool:
 def feed(
     form: Any, error: Any, gradient: jax.Array, accept: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Return rounded values and offsets of a row, and the error less them.
+    """Return rounded values and offsets of a row, and the error less them, in place.
 
-    The error is overwritten. Rounding commutes with multiplying by a power of two, so a
-    scale for the row can be found behind this pass.
+    A scale for the row can be found behind this pass.
     """
     size, kept, tiles = form.size, form.kept, len(gradient) // LANES
     group = layout.group(tiles, 12 * size + 8 * kept)
@@ -53,10 +52,8 @@ def feed(
     unit = pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))
     kept_as, *units = jax.tree.leaves(error)
     units = [x.astype(jnp.float32).reshape(-1, 1, LANES) for x in units]
-    errors, specs = (
-        [layout.turn(kept_as, size), *units],
-        [vector, unit][: 1 + len(units)],
-    )
+    errors = [layout.turn(kept_as, size), *units]
+    specs = [vector, unit][: len(errors)]
     like = lambda shape, dtype: struct(shape, dtype, gradient)
     row_shape = form.row_shape(len(gradient))
     one = lambda x: x.astype(jnp.int32).reshape(1, 1)

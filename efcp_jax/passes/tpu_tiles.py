@@ -93,27 +93,24 @@ def vector_spec(group: int, size: int) -> Any:
 def read(ref: Any, t: Any, size: int, low: int = 0, high: int | None = None):
     """Return entries from `low` to `high` of tile `t` of a vector, on sublanes."""
     # Floats of 32 bits, as which everything is turned.
-    if size % LANES == 0:
-        return ref[_blocks(t), low:high].astype(jnp.float32).T
-    return ref[low:high, _blocks(t)].astype(jnp.float32)
+    entries = ref[_at(t, size, low, high)].astype(jnp.float32)
+    return entries.T if size % LANES == 0 else entries
 
 
 def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
     """Write what `read` returns, in the dtype of the vector."""
-    high = low + len(entries)
-    turned = entries.T if size % LANES == 0 else entries
+    at = _at(t, size, low, low + len(entries))
+    entries = entries.T if size % LANES == 0 else entries
     if ref.dtype == jnp.int8:
-        narrow = turned.astype(jnp.int32).astype(jnp.int8)
+        ref[at] = entries.astype(jnp.int32).astype(jnp.int8)
     else:
-        narrow = saturate(turned, ref.dtype)
-    if size % LANES == 0:
-        ref[_blocks(t), low:high] = narrow
-    else:
-        ref[low:high, _blocks(t)] = narrow
+        ref[at] = saturate(entries, ref.dtype)
 
 
-def _blocks(t: Any) -> Any:
-    return pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+def _at(t: Any, size: int, low: int, high: int | None) -> tuple[Any, Any]:
+    blocks = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
+    entries = slice(low, high)
+    return (blocks, entries) if size % LANES == 0 else (entries, blocks)
 
 
 def floats(values: jax.Array) -> jax.Array:
