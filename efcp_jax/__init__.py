@@ -12,7 +12,7 @@ before it enters the window, and error feedback adds what was dropped to the nex
 | `error_feedback` | compression with error feedback alone, in front of any optimizer |
 | `identity`, `top_k`, `low_rank` | compressors, for the argument `compressor` |
 | `by_label` | a compressor that uses others, one for each label of parameters |
-| `diagonal_metric`, `fixed_metric` | metrics: what gradients are measured in |
+| `diagonal_metric` | a metric: what gradients are measured in |
 | `in_metric` | any Optax transformation in a metric |
 | `memory_report` | bytes of every field of an optimizer's state, without allocating |
 | `diagnostics` | error, row norms, window fill, spectrum and rank, from a state |
@@ -51,7 +51,7 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     devices                             which device holds what
     quantized                           errors of 8 bits
     numerics                            products, casts and scales
-    varying  experimental               what differs between devices; what JAX may lack
+    experimental                        what JAX may lack
 """
 
 from efcp_jax import sharding as sharding
@@ -61,10 +61,7 @@ from efcp_jax.compressors import (
     low_rank as low_rank,
     top_k as top_k,
 )
-from efcp_jax.metrics import (
-    diagonal_metric as diagonal_metric,
-    fixed_metric as fixed_metric,
-)
+from efcp_jax.metrics import diagonal_metric as diagonal_metric
 from efcp_jax.optimizers import (
     ggt as ggt,
     low_rank_ggt as low_rank_ggt,

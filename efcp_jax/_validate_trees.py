@@ -54,15 +54,10 @@ def is_like(state: Any, expected: Any) -> bool:
 
 
 def same_state(state: Any, expected: Any, updates: Any) -> None:
-    """Raise, naming the leaf, if `state` was not made by `init` for such `updates`.
+    """Raise, naming the leaf, if `state` is not like what `init` makes of `updates`.
 
     A packed state knows how many numbers the parameters have, a low-rank state the
     shapes of their matrices and how many there are of each, neither their tree.
-
-    Args:
-        state: The state given to `update`.
-        expected: What `init` would return, arrays or their shapes.
-        updates: The gradients, for the message.
     """
     each = [f"updates{p} {jnp.shape(leaf)}" for p, leaf in _leaves(updates).items()]
     given = ", ".join(each[:_SHOWN]) + (", ..." if len(each) > _SHOWN else "")
@@ -85,14 +80,9 @@ def _same(
     problem: str,
     remedy: str,
 ) -> None:
-    """Raise if two trees differ in a leaf, its shape or dtype, or in their containers.
+    """Raise if two trees, each with its name, differ in a leaf or their containers.
 
-    Args:
-        given: The name of what was given, and the tree.
-        wanted: The name of what it must be like, and the tree.
-        agree: Whether a dtype goes with the one that is wanted.
-        problem: The beginning of the message.
-        remedy: The end of it.
+    The dtypes of leaves must `agree`. A message goes from the problem to the remedy.
     """
     (name, tree), (like_name, like) = given, wanted
     fail = lambda what: ValueError(f"{problem} {what}. {remedy}")

@@ -22,7 +22,7 @@ import optax
 from efcp_jax import passes, quantized
 from efcp_jax.compressors import ROW_AXIS, Compressor, Space
 from efcp_jax.devices.layout import Layout
-from efcp_jax.metrics import Measured, Metric
+from efcp_jax.metrics import DiagonalMetric, Measured
 
 
 class Taken(NamedTuple):
@@ -49,9 +49,9 @@ class Taken(NamedTuple):
         measured, value = self.measured.behind(value)
         return self.layout.cast(measured.scaled(make(value)))
 
-    def kept(self, accept: jax.Array, mean: jax.Array | None, old: Any) -> dict:
+    def kept(self, accept: jax.Array, mean: Any, old: Any) -> dict[str, Any]:
         """Return the next fields of the state `old`, given the mean of the moments."""
-        metric = None if self.measured is None else self.measured.state(mean)
+        metric = self.measured and self.measured.state(mean)
         one = lambda new, old: jnp.where(accept, new, old)
         choose = lambda new, old: jax.tree.map(one, new, old)
         left = (lambda new, _: new) if self.guarded else choose
@@ -69,7 +69,7 @@ class Feedback:
     """How gradients enter a step, and the fields of its state that this needs."""
 
     compressor: Compressor
-    metric: Metric | None
+    metric: DiagonalMetric | None
     error: bool  # whether what compression drops is added to the next one
     error_dtype: np.dtype | None  # in which that is kept; None for the working dtype
     skip_nonfinite: bool

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 
-from efcp_jax import _validate_trees, numerics, varying
+from efcp_jax import _validate_trees, numerics
 from efcp_jax.compressors import Compressor, Space
 from efcp_jax.devices import placement, spread
+from efcp_jax.devices.collectives import vary_over, varying_axes
 from efcp_jax.devices.placement import Placement, axes_of
 from efcp_jax.devices.spread import Description, describing
 from efcp_jax.devices.trees import strip_boxes
@@ -55,7 +56,7 @@ class Step:
             return self._description(space, placed) if known else 0
         init, specs = functools.partial(self.init, space), self.specs(space)
         state = spread.start(placed, init, specs, params)
-        state = varying.over(varying.axes_of(params), state)
+        state = vary_over(varying_axes(params), state)
         return _outline(state) if isinstance(params, _STAND_IN) else state
 
     def update_fn(
@@ -76,7 +77,7 @@ class Step:
         # Restored by a checkpointer, they may be arrays of NumPy.
         updates, state = jax.tree.map(jnp.asarray, (updates, state))
         taken = updates, state, values
-        updates, state, values = varying.over(varying.axes_of(taken), taken)
+        updates, state, values = vary_over(varying_axes(taken), taken)
         tree_specs, state_specs = PartitionSpec(), self.specs(space)
         if placed is not None:
             tree_specs = jax.tree.structure(updates).unflatten(placed.specs)

@@ -22,7 +22,8 @@ gradient that is there and a state of its own, which `init` makes there.
 The window and the error are divided over *all* mesh axes, so bytes a device fall as one
 over the number of devices; only the m x m Gram matrix and counters are on every device.
 (Low rank: each factor is divided as its side of the matrix is, so matrices are best
-sharded along both sides.) What an update exchanges is told at `collectives`.
+sharded along both sides.) With parameters sharded over every mesh axis an update
+exchanges m numbers and a metric's, with replicated ones the update too.
 
 Selection by `top_k` is made in blocks: those of one device where parameters are
 replicated, and of its own shards on each device where they are sharded. Results are
@@ -40,7 +41,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 import numpy as np
 import optax
 
-from efcp_jax.devices.collectives import collectives as collectives
 from efcp_jax.devices.placement import find
 from efcp_jax.devices.positions import convert
 from efcp_jax.devices.spread import Description, described

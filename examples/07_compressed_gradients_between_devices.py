@@ -16,6 +16,7 @@ beyond that, gather within groups of devices and average the groups.
 import functools
 from typing import Any
 
+from collectives import collectives
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
@@ -24,7 +25,6 @@ import optax
 import task
 
 import efcp_jax
-from efcp_jax.sharding import collectives
 
 
 DEVICES, BLOCK, KEPT = 4, 128, 2

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 
+from collectives import collectives
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -103,7 +104,7 @@ def main():
 
     update = jax.jit(tx.update).lower(params, state, params).compile()
     print("collectives of the update:")
-    for kind, size in efcp_jax.sharding.collectives(update):
+    for kind, size in collectives(update):
         print(f"  {kind} of {size:,} numbers")
 
     # Donated, the window is written in place instead of being copied every step.

@@ -34,7 +34,6 @@ PUBLIC = {
     "memory_report",
     "diagnostics",
     "diagonal_metric",
-    "fixed_metric",
     "in_metric",
     "inverse_fisher_product",
     "monitor",
@@ -131,9 +130,9 @@ def files_of(name):
 @pytest.mark.parametrize("path", files_of("preconditioners"), ids=str)
 def test_the_m_by_m_room_knows_no_representation(path):
     targets = {each.split(".")[0] for each in own_imports(path)}
-    assert targets <= {"preconditioners", "numerics", "passes", "varying"}
-    deep = {name for name in own_imports(path) if name.startswith("passes")}
-    assert deep <= {"passes.overwrite"}
+    others = targets - {"preconditioners", "numerics"}
+    deep = {name for name in own_imports(path) if name.split(".")[0] in others}
+    assert deep <= {"passes.overwrite", "devices.collectives.vary_like"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -147,12 +146,12 @@ def test_only_passes_and_the_m_by_m_solver_ask_for_the_platform(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_a_file_is_two_screens_of_code_at_most(path):
-    assert len((ROOT / path).read_text().splitlines()) <= 250
+    assert len((ROOT / path).read_text().splitlines()) <= 220
 
 
 def test_feedback_and_window_know_only_the_protocol():
     protocol = {f"compressors.{each}" for each in ("Compressor", "Space", "ROW_AXIS")}
-    protocol |= {"metrics.Measured", "metrics.Metric"}
+    protocol |= {"metrics.Measured", "metrics.DiagonalMetric"}
     names = own_imports(pathlib.Path("feedback.py"))
     assert {each for each in names if each.startswith(("comp", "metr"))} <= protocol
 

@@ -1,10 +1,15 @@
-"""Collectives: computations side by side that share theirs, and those of a program."""
+"""Inside of `jax.shard_map`: collectives that are shared, and values that differ.
+
+Which values differ between devices their types tell. Branches and loops must be given
+one type, so there what is the same on all devices, such as a state of zeros, is taken
+to differ as the gradient does.
+"""
 
 from collections.abc import Generator, Iterable
-import re
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import numpy as np
@@ -62,68 +67,33 @@ def _batched(function: Any, values: dict[int, jax.Array]) -> dict[int, jax.Array
     return dict(zip(values, jnp.split(results, ends[:-1]), strict=True))
 
 
-def collectives(program: Any) -> list[tuple[str, int]]:
-    """Return kind and size of every collective of a compiled program.
-
-    Args:
-        program: What `jax.jit(f).lower(...).compile()` returns, or its text.
-
-    Returns:
-        Pairs such as `("all-reduce", 64)`, in order. The size counts the elements of
-        the result on one device; arrays that travel together count once, together.
-        Collectives inside a loop count once, and so do those that a TPU sends beside
-        other work.
-
-    Notes:
-        What an update of this package exchanges, with m floats for a window of m rows:
-
-        | parameters | collectives |
-        |---|---|
-        | replicated (data parallel) | all-reduce of m, all-gather of the update |
-        | sharded over every axis (FSDP, tensor parallel, both) | all-reduce of m |
-        | sharded over some axes, none over others | both, the all-gather over *idle* |
-
-        An axis is idle if it shards no parameter at all; the state is divided over it
-        as by ZeRO. Shard parameters over it too to have the single all-reduce. A leaf
-        that is replicated while others are sharded (a bias beside FSDP matrices) is
-        held by all devices of the axis, in blocks of its own, and weighs one over their
-        number in inner products: keep large leaves sharded.
-
-        A metric, which optimizers have by default, adds an all-reduce for each set of
-        mesh axes that cuts matrices, of a number for each row or column that is cut.
-        Low rank adds a few of the small factors, r numbers a column and r^2 a leaf,
-        each of them one for all leaves together; where parameters are replicated, the
-        leaves of every shape are gathered together, each entry once.
-    """
-    text = program if isinstance(program, str) else program.as_text()
-    text = re.sub(r"/\*.*?\*/", "", text)  # numbers in tuples of more than five
-    written = [each for body in re.split(r"^}", text, flags=re.M) for each in _of(body)]
-    found = []
-    for shapes, kind in written:
-        arrays = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        if shapes.startswith("(") and kind.endswith("-start"):
-            arrays = arrays[len(arrays) // 2 :]  # (operands, results) of a start
-        size = sum(int(np.prod([int(n) for n in a.split(",") if n])) for a in arrays)
-        found.append((kind.removesuffix("-start"), size))
-    return found
+def varying_axes(tree: Any) -> frozenset[Any]:
+    """Return the mesh axes over which an array of `tree` differs."""
+    kinds = (_kind(leaf) for leaf in jax.tree.leaves(tree))
+    return frozenset().union(*(kind.varying for kind in kinds if kind is not None))
 
 
-def _of(body: str) -> list[tuple[str, str]]:
-    """Return shapes and kind of the collectives that begin in one computation.
+def vary_over(axes: frozenset[Any], tree: Any) -> Any:
+    """Return `tree`, all arrays of which differ over `axes`."""
 
-    Compilers for TPUs write one that travels beside other work several times: where it
-    begins, in the work it travels beside, and where it ends.
-    """
-    every = _COLLECTIVE.findall(body)
-    if "AsyncCollective" in body or "%async_collective_fusion" in body.split("(")[0]:
-        starts = [line for line in body.splitlines() if "AsyncCollectiveStart" in line]
-        operands = {name for line in starts for name in re.findall(r"%[\w.-]+", line)}
-        every = [each for each in every if each[0] in operands]
-    return [each[1:] for each in every]
+    def one(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(leaf), key=str))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(one, tree) if axes else tree
 
 
-_COLLECTIVE = re.compile(
-    r"(%?[\w.-]+) = (\([^=]*?\)|\S+)"
-    r" ((?:all-reduce|all-gather|all-to-all|reduce-scatter"
-    r"|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?)\("
-)
+def vary_like(reference: Any, tree: Any) -> Any:
+    """Return `tree`, which differs wherever an array of `reference` does."""
+    return vary_over(varying_axes(reference), tree)
+
+
+def varying_struct(shape: Any, dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return the type of an array that differs over the axes that `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=_kind(like))
+
+
+def _kind(leaf: Any) -> Any:
+    if not isinstance(leaf, Tracer):
+        return None
+    return getattr(jax.typeof(leaf), "manual_axis_type", None)

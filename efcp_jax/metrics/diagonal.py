@@ -1,8 +1,14 @@
-"""The metric of Adam and RMSprop: roots of running second moments of the gradient."""
+r"""The metric of Adam and RMSprop: roots of running second moments of the gradient.
 
+A step in it takes $g' = D^{-1/2} g$ in place of the gradient and returns $D^{-1/2} u'$
+in place of its update $u'$: it is the plain step on the parameters
+$\theta' = D^{1/2} \theta$.
+"""
+
+from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -15,9 +21,40 @@ from efcp_jax import _validate, passes
 from efcp_jax.devices.collectives import together
 from efcp_jax.devices.layout import Layout
 from efcp_jax.metrics import moments
-from efcp_jax.metrics.base import Measured
 from efcp_jax.metrics.moments import MetricState
 from efcp_jax.numerics import root
+
+
+class Measured(NamedTuple):
+    r"""What a metric says of one gradient, as seen by this device.
+
+    `roots` makes $D^{-1/2}$ of every leaf, in order and to be broadcast, from `arrays`,
+    which are small or kept anyway. `share` is that of the mean of the moments.
+    """
+
+    layout: Layout
+    roots: Callable[[Any], list[jax.Array]]
+    arrays: Any
+    finite: jax.Array
+    moments: Any
+    share: jax.Array
+
+    def behind(self, value: Any) -> tuple["Measured", Any]:
+        """Return the metric as what is known behind `value`, and `value`.
+
+        Else compilers keep the roots for the way out, as large as the model.
+        """
+        arrays, value = lax.optimization_barrier((self.arrays, value))
+        return self._replace(arrays=arrays), value
+
+    def state(self, mean: jax.Array) -> MetricState:
+        """Return what is kept, given the mean of the moments."""
+        return MetricState(mean, self.moments)
+
+    def scaled(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        r"""Return $D^{-1/2}$ times the leaves of `tree`, in the working dtype."""
+        pairs = zip(self.layout.wide(tree), self.roots(self.arrays), strict=True)
+        return self.layout.treedef.unflatten(leaf * root for leaf, root in pairs)
 
 
 @dataclasses.dataclass(frozen=True)

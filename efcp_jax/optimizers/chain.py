@@ -10,7 +10,7 @@ import optax
 
 from efcp_jax import _validate
 from efcp_jax.compressors import Compressor, top_k
-from efcp_jax.metrics import Metric, diagonal_metric
+from efcp_jax.metrics import DiagonalMetric, diagonal_metric
 
 
 # Entries a block of the sparse optimizers, and the share of them that is kept: offsets
@@ -45,8 +45,8 @@ def stored_dtype(dtype: Any, density: Any) -> Any:
 
 
 def metric_of(
-    metric: Metric | Literal["auto"] | None, ridge: Any, relative: bool
-) -> Metric | None:
+    metric: DiagonalMetric | Literal["auto"] | None, ridge: Any, relative: bool
+) -> DiagonalMetric | None:
     """Return the metric of an optimizer, given its damping or eps.
 
     In units of the window one learning rate is to serve every model, which it does in

@@ -8,7 +8,7 @@ import optax
 
 from efcp_jax import compressors
 from efcp_jax._docstrings import GGT, OPTIMIZER, documented
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import DiagonalMetric
 from efcp_jax.optimizers import chain
 from efcp_jax.transforms import scale_by_ggt
 
@@ -27,7 +27,7 @@ def ggt(
     relative: bool = False,
     nesterov: bool = False,
     block_diagonal: bool = False,
-    metric: Metric | Literal["auto"] | None = "auto",
+    metric: DiagonalMetric | Literal["auto"] | None = "auto",
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,

@@ -8,7 +8,7 @@ import optax
 
 from efcp_jax import compressors
 from efcp_jax._docstrings import MFAC, OPTIMIZER, documented
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import DiagonalMetric
 from efcp_jax.optimizers import chain
 from efcp_jax.transforms import scale_by_mfac
 
@@ -26,7 +26,7 @@ def low_rank_mfac(
     relative: bool = False,
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
-    metric: Metric | Literal["auto"] | None = "auto",
+    metric: DiagonalMetric | Literal["auto"] | None = "auto",
     block_diagonal: bool = False,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,

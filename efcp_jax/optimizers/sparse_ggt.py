@@ -7,7 +7,7 @@ import jax
 import optax
 
 from efcp_jax._docstrings import GGT, OPTIMIZER, SPARSE, documented
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import DiagonalMetric
 from efcp_jax.optimizers import chain
 from efcp_jax.transforms import scale_by_ggt
 
@@ -27,7 +27,7 @@ def sparse_ggt(
     relative: bool = False,
     nesterov: bool = False,
     block_diagonal: bool = False,
-    metric: Metric | Literal["auto"] | None = "auto",
+    metric: DiagonalMetric | Literal["auto"] | None = "auto",
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,

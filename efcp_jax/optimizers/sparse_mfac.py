@@ -7,7 +7,7 @@ import jax
 import optax
 
 from efcp_jax._docstrings import MFAC, OPTIMIZER, SPARSE, documented
-from efcp_jax.metrics import Metric
+from efcp_jax.metrics import DiagonalMetric
 from efcp_jax.optimizers import chain
 from efcp_jax.transforms import scale_by_mfac
 
@@ -26,7 +26,7 @@ def sparse_mfac(
     b1: chex.Numeric = 0.0,
     nesterov: bool = False,
     block_diagonal: bool = False,
-    metric: Metric | Literal["auto"] | None = "auto",
+    metric: DiagonalMetric | Literal["auto"] | None = "auto",
     block_size: int | None = None,
     value_dtype: jax.typing.DTypeLike | None = None,
     error_feedback: bool = True,

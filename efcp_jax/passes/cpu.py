@@ -16,7 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax import quantized, varying
+from efcp_jax import quantized
+from efcp_jax.devices.collectives import vary_like
 from efcp_jax.devices.sections import part, sweep, write
 from efcp_jax.numerics import indexed, saturate
 from efcp_jax.passes import selection
@@ -86,7 +87,7 @@ def _summed(form: Any, window: Stored, products: Any, dtype: Any) -> jax.Array:
     most = min(units // _FEWEST_ROUNDS, indexed(form.size * form.lanes))
     chunk = max(1, min(chunk, most))
     whole = units // chunk * chunk
-    zeros = varying.like(window, jnp.zeros((chunk, *shape), dtype))
+    zeros = vary_like(window, jnp.zeros((chunk, *shape), dtype))
     total = by_row(sweep(whole, chunk, zeros, add))
     return total + by_row(of(whole, units - whole)) if whole < units else total
 
@@ -164,7 +165,7 @@ def feed(
 
     shape = form.row_shape(blocks)
     row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-    start = varying.like((error, accept), (error, *row))
+    start = vary_like((error, accept), (error, *row))
     error, *row = lax.fori_loop(0, len(firsts), step, start)
     return *row, error
 

@@ -18,7 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax import varying
+from efcp_jax.devices.collectives import vary_like
 from efcp_jax.passes import cpu, gpu, reference, tpu
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
 from efcp_jax.passes.tpu_tiles import LANES as LANES
@@ -177,7 +177,7 @@ class Form:
 
         def form(module: Any) -> Any:
             call = functools.partial(getattr(module, name), self, **given)
-            return lambda *arrays: varying.like(arrays, call(*arrays))
+            return lambda *arrays: vary_like(arrays, call(*arrays))
 
         @jax.custom_jvp
         def run(*arrays: Any) -> Any:

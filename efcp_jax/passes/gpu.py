@@ -15,7 +15,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax import varying
+from efcp_jax.devices.collectives import vary_like
 from efcp_jax.devices.sections import part, sweep
 from efcp_jax.numerics import contract, indexed
 from efcp_jax.passes import reference, selection
@@ -81,7 +81,7 @@ def _gathered(form: Any, window: Stored, vector: Any, dtype: Any) -> jax.Array:
         return total + jnp.sum(values * at, axis=0)
 
     chunk = max(1, min(_GATHERED // entries, indexed(form.size)))
-    zeros = varying.like(window, jnp.zeros(entries, dtype))
+    zeros = vary_like(window, jnp.zeros(entries, dtype))
     total = sweep(blocks, chunk, zeros, add)
     return jnp.sum(total.reshape(-1, form.kept), axis=1)
 
@@ -121,7 +121,7 @@ def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
         return reference.residual(form, total, -weights[i] * values, offsets)
 
     blocks = len(jax.tree.leaves(window)[0])
-    zeros = varying.like(window, jnp.zeros((blocks, form.size), weights.dtype))
+    zeros = vary_like(window, jnp.zeros((blocks, form.size), weights.dtype))
     return lax.fori_loop(0, len(weights), add, zeros)
 
 
@@ -151,7 +151,7 @@ def by_digits(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
         sums = sums.reshape(chunk, -1)[:, : form.size].reshape(-1)
         return lax.dynamic_update_slice_in_dim(out, sums, start * form.size, axis=0)
 
-    zeros = varying.like(window, jnp.zeros(blocks * form.size, weights.dtype))
+    zeros = vary_like(window, jnp.zeros(blocks * form.size, weights.dtype))
     return sweep(blocks, max(1, _MULTIPLIED // entries), zeros, write)
 
 

@@ -19,7 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax import varying
+from efcp_jax.devices.collectives import vary_like
 
 
 # Below this size of a group the first level does not pay.
@@ -158,7 +158,7 @@ def _threshold(bits: jax.Array, least: int, most: int, low: jax.Array) -> jax.Ar
     step = 2 ** (width - 7)
     middle = jnp.minimum(low, limit - step) + step
     start = low, jnp.full_like(low, limit), middle, jnp.full(rows, size, jnp.int32)
-    start = varying.like(bits, start)
+    start = vary_like(bits, start)
     # To end early, an accelerator would have to report to the host.
     return lax.platform_dependent(
         cpu=lambda: lax.while_loop(searching, halve, start)[0],

@@ -16,7 +16,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax import varying
+from efcp_jax.devices.collectives import varying_struct
 from efcp_jax.experimental import pl, pltpu
 from efcp_jax.passes import gpu, reference, tpu_tiles as layout
 from efcp_jax.passes.entries import ScaledRow, SparseRow, Stored
@@ -111,7 +111,7 @@ def _inner(form: Any, window: Any, row: SparseRow) -> jax.Array:
         grid=(-(-entries // held), -(-tiles // group)),
         in_specs=[part, part, facing, facing, *[line] * len(lines)],
         out_specs=pl.BlockSpec((held, LANES), lambda j, i: (j, 0)),
-        out_shape=varying.struct((entries, LANES), jnp.float32, window.values),
+        out_shape=varying_struct((entries, LANES), jnp.float32, window.values),
     )
     return jnp.sum(jnp.sum(sums, axis=1).reshape(-1, kept), axis=1)
 
@@ -138,7 +138,7 @@ def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
         grid=(-(-tiles // group), -(-entries // held)),
         in_specs=[part, part, each],
         out_specs=layout.vector_spec(group, size),
-        out_shape=varying.struct(shape, jnp.float32, window.values),
+        out_shape=varying_struct(shape, jnp.float32, window.values),
         scratch_shapes=[pltpu.VMEM((line, LANES), jnp.float32)],
     )
     return layout.turn(total, size)

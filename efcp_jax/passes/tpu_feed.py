@@ -13,13 +13,13 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from efcp_jax.devices.collectives import varying_struct
 from efcp_jax.experimental import pl, pltpu
 from efcp_jax.numerics import saturate
 from efcp_jax.passes import tpu_tiles as layout
 from efcp_jax.passes.entries import COMMUTING, rounding
 from efcp_jax.passes.tpu_tiles import LANES
 from efcp_jax.quantized import Quantized, at_random, exponents, hashed
-from efcp_jax.varying import struct
 
 
 # Up to so many rounds are unrolled; a loop compiles faster.
@@ -54,7 +54,7 @@ def feed(
     units = [x.astype(jnp.float32).reshape(-1, 1, LANES) for x in units]
     errors = [layout.turn(kept_as, size), *units]
     specs = [vector, unit][: len(errors)]
-    like = lambda shape, dtype: struct(shape, dtype, gradient)
+    like = lambda shape, dtype: varying_struct(shape, dtype, gradient)
     row_shape = form.row_shape(len(gradient))
     one = lambda x: x.astype(jnp.int32).reshape(1, 1)
     values, offsets, left, *units = layout.launch(

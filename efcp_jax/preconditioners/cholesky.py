@@ -24,7 +24,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax import varying
+from efcp_jax.devices.collectives import vary_like
 from efcp_jax.numerics import by_rows, dot, dot_by_rows
 
 
@@ -151,7 +151,7 @@ def pivoted(
         return schur, left, factor, order
 
     empty = jnp.zeros_like(matrix), jnp.full_like(index, size)
-    start = varying.like(matrix, (matrix, jnp.diagonal(matrix), *empty))
+    start = vary_like(matrix, (matrix, jnp.diagonal(matrix), *empty))
     _, _, factor, order = lax.fori_loop(0, size, round_, start)
     return factor, order
 

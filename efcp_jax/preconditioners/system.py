@@ -20,7 +20,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax import varying
+from efcp_jax.devices.collectives import vary_like
 from efcp_jax.numerics import dot
 from efcp_jax.preconditioners import cholesky
 
@@ -116,7 +116,7 @@ def solve(
             cpu=lambda kept: _resumed(system, scaled, slot, damping, kept),
             default=lambda kept: (
                 *_afresh(system, scaled),
-                kept._replace(run=varying.like(kept, jnp.int32(-1))),
+                kept._replace(run=vary_like(kept, jnp.int32(-1))),
             ),
         )
     matrix = lambda: system.rows(0, system.size)
@@ -131,7 +131,7 @@ def _unless(good: jax.Array, value: Any, make: Callable[[], Any]) -> Any:
     some member of the batch needs it, and XLA carries arrays through it without a copy.
     """
     bad = jnp.logical_not(good)
-    same = functools.partial(varying.like, (bad, value))
+    same = functools.partial(vary_like, (bad, value))
     body = lambda _: same((jnp.asarray(False), make()))
     return lax.while_loop(lambda carry: carry[0], body, same((bad, value)))[1]
 

@@ -11,7 +11,7 @@ import optax
 from efcp_jax._docstrings import documented
 from efcp_jax.compressors import Compressor, Space
 from efcp_jax.feedback import Feedback
-from efcp_jax.metrics import Metric, MetricState
+from efcp_jax.metrics import DiagonalMetric, MetricState
 from efcp_jax.protocol import Step
 from efcp_jax.step import checked
 
@@ -30,7 +30,7 @@ class ErrorFeedbackState(NamedTuple):
 def error_feedback(
     compressor: Compressor | None = None,
     *,
-    metric: Metric | None = None,
+    metric: DiagonalMetric | None = None,
     error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,
     sharding: Any = None,

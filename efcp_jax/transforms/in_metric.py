@@ -10,7 +10,7 @@ import optax
 from efcp_jax import _validate, _validate_trees
 from efcp_jax.devices import placement
 from efcp_jax.devices.trees import strip_boxes
-from efcp_jax.metrics import Measured, Metric, MetricState, required
+from efcp_jax.metrics import DiagonalMetric, Measured, MetricState, required
 from efcp_jax.numerics import cast
 from efcp_jax.protocol import working_dtype
 
@@ -20,17 +20,17 @@ class InMetricState(NamedTuple):
 
     Attributes:
         count: Number of finite gradients so far, int32.
-        metric: The moments of the metric, or None.
+        metric: The moments of the metric.
         inner: The state of the transformation.
     """
 
     count: jax.Array
-    metric: MetricState | None
+    metric: MetricState
     inner: optax.OptState
 
 
 def in_metric(
-    tx: optax.GradientTransformation, metric: Metric
+    tx: optax.GradientTransformation, metric: DiagonalMetric
 ) -> optax.GradientTransformationExtraArgs:
     r"""Let a transformation work in a metric.
 
@@ -41,7 +41,7 @@ def in_metric(
     Args:
         tx: Any gradient transformation. Weight decay that is part of it would be in the
             metric as well; chain it behind.
-        metric: `diagonal_metric(...)` or `fixed_metric(...)`.
+        metric: `diagonal_metric(...)`.
 
     Returns:
         A gradient transformation with an `InMetricState`. A gradient with an entry that

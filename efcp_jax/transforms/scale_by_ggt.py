@@ -11,7 +11,7 @@ from efcp_jax import _validate
 from efcp_jax._docstrings import GGT, documented
 from efcp_jax.compressors import Compressor
 from efcp_jax.feedback import Window
-from efcp_jax.metrics import Metric, MetricState
+from efcp_jax.metrics import DiagonalMetric, MetricState
 from efcp_jax.numerics import not_vanished, root
 from efcp_jax.preconditioners import ggt_coefficients, gram as grams
 from efcp_jax.step import checked, preconditioned
@@ -46,7 +46,7 @@ def scale_by_ggt(
     nesterov: bool = False,
     compressor: Compressor | None = None,
     block_diagonal: bool = False,
-    metric: Metric | None = None,
+    metric: DiagonalMetric | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
     skip_nonfinite: bool = True,

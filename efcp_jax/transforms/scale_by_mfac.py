@@ -11,7 +11,7 @@ from efcp_jax import _validate
 from efcp_jax._docstrings import MFAC, documented
 from efcp_jax.compressors import Compressor
 from efcp_jax.feedback import Window
-from efcp_jax.metrics import Metric, MetricState
+from efcp_jax.metrics import DiagonalMetric, MetricState
 from efcp_jax.numerics import not_vanished, root, saturate
 from efcp_jax.preconditioners import gram as grams, mfac_coefficients, system as systems
 from efcp_jax.step import checked, preconditioned
@@ -59,7 +59,7 @@ def scale_by_mfac(
     nesterov: bool = False,
     compressor: Compressor | None = None,
     block_diagonal: bool = False,
-    metric: Metric | None = None,
+    metric: DiagonalMetric | None = None,
     error_feedback: bool = True,
     error_dtype: jax.typing.DTypeLike | None = None,
     divisor: str = "window_size",

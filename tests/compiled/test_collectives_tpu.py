@@ -5,6 +5,7 @@ No chip is needed: `libtpu` compiles for a topology that is described to it.
 
 import os
 
+from collectives import collectives
 import compiling
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -25,7 +26,6 @@ from pods import (
 import pytest
 
 import efcp_jax
-from efcp_jax.sharding import collectives
 
 
 pytestmark = [

@@ -6,11 +6,10 @@ All of its layers are compiled, some fifteen seconds a step; no chip is needed.
 import os
 from pathlib import Path
 
+from collectives import collectives
 import compiling
 from pods import ROWS, bytes_a_chip, compiled, entries, transformer
 import pytest
-
-from efcp_jax.sharding import collectives
 
 
 pytestmark = [

@@ -179,18 +179,6 @@ def test_training_goes_on_from_a_checkpoint_bit_by_bit(name, kind):
     chex.assert_trees_all_equal(last, end)
 
 
-@pytest.mark.parametrize("name", SCALES)
-def test_a_fixed_metric_scales_gradients_and_updates(name):
-    steps, given = gradients(), [4.0, 1.0, 0.25, 16.0, 9.0]
-    scaled = lambda tree: [x / d**0.5 for x, d in zip(tree, given, strict=True)]
-    metric = efcp_jax.fixed_metric(given)
-    found, _ = run(SCALES[name](block_diagonal=True, metric=metric), steps)
-    expected, _ = run(
-        SCALES[name](block_diagonal=True), [scaled(step) for step in steps]
-    )
-    close(found, [scaled(update) for update in expected])
-
-
 # Values of 8 bits are rounded anew for other tiles, and one block of all is another
 # block on every device, which is refused where entries do not fit.
 @pytest.mark.parametrize("kind", ["identity", "low_rank", "blocks", "by_label"])

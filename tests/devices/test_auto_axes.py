@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 
+from collectives import collectives
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -15,7 +16,7 @@ import sharding_cases as cases
 import efcp_jax
 from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.devices import placement, positions
-from efcp_jax.sharding import collectives, reshard_state, state_shardings
+from efcp_jax.sharding import reshard_state, state_shardings
 
 
 TOLERANCE = 100 * np.finfo(np.float32).eps

@@ -2,6 +2,7 @@
 
 import functools
 
+from collectives import collectives
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
@@ -10,7 +11,7 @@ import sharding_cases as cases
 
 import efcp_jax
 from efcp_jax import by_label, identity, low_rank, top_k
-from efcp_jax.sharding import collectives, reshard_state, state_shardings
+from efcp_jax.sharding import reshard_state, state_shardings
 
 
 LABELS = {"b": "rest", "k": "table", "w": "matrix"}

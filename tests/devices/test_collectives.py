@@ -1,8 +1,7 @@
 """What is read of the collectives of a compiled program."""
 
+from collectives import collectives
 import pytest
-
-from efcp_jax.sharding import collectives
 
 
 TOGETHER = """

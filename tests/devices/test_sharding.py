@@ -3,6 +3,7 @@
 import functools
 import math
 
+from collectives import collectives
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -121,7 +122,7 @@ def test_a_step_sums_m_numbers_and_gathers_only_over_idle_axes(placing, compress
     tx = efcp_jax.scale_by_mfac(rows, compressor=compressor)
     for factor in (1, 2) if placing == "fsdp" else (1,):  # m numbers, whatever d is
         shapes = {n: (factor * s[0], *s[1:]) for n, s in cases.SHAPES.items()}
-        found = efcp_jax.sharding.collectives(compiled_step(where, tx, shapes))
+        found = collectives(compiled_step(where, tx, shapes))
         expected = [("all-reduce", rows)]
         if where.idle:
             ways = math.prod(where.mesh[axis] for axis in where.idle)
@@ -148,7 +149,7 @@ def test_low_rank_factors_travel_together_whatever_the_number_of_leaves():
             if leaves > 1:  # of another shape, and so another batch
                 shapes["w1"] = (32, 16)
             tx = efcp_jax.scale_by_mfac(rows, compressor=efcp_jax.low_rank(rank))
-            found = efcp_jax.sharding.collectives(compiled_step(where, tx, shapes))
+            found = collectives(compiled_step(where, tx, shapes))
             factors = leaves * rank * (16 + 32 + rows * rank + rank)
             assert {kind for kind, _ in found} == {"all-reduce"}
             assert max(size for _, size in found) <= factors

@@ -42,7 +42,8 @@ def environment() -> dict[str, str]:
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
+            [str(SCRIPTS), str(SCRIPTS.parent)]
+            + [path for path in [os.environ.get("PYTHONPATH")] if path]
         ),
     }
 

@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 
+from collectives import collectives
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -90,7 +91,7 @@ def sharded_step(platform):
         )
         step = jax.jit(tx.update, donate_argnums=1)
         compiled = step.lower(params, state, params).compile()
-    return dict(efcp_jax.sharding.collectives(compiled))
+    return dict(collectives(compiled))
 
 
 def main(platform):

@@ -18,7 +18,6 @@ STEPS = 6
 METRICS = {
     "factored": efcp_jax.diagonal_metric(),
     "full": efcp_jax.diagonal_metric(0.9, 0.3, factored=False),
-    "fixed": efcp_jax.fixed_metric({"k": 4.0, "s": 1.0, "v": 0.25, "w": 2.0}),
 }
 
 
@@ -270,26 +269,6 @@ def test_moments_have_the_shapes_and_the_dtype_that_are_documented():
 def test_bad_arguments_are_named(given, error, words):
     with pytest.raises(error, match=words):
         efcp_jax.diagonal_metric(**given)
-
-
-@pytest.mark.parametrize(
-    ("diagonal", "error", "words"),
-    [
-        ({}, ValueError, "empty"),
-        ({"a": 0.0}, ValueError, "diagonal"),
-        ({"a": -1.0}, ValueError, "diagonal"),
-        ({"a": "x"}, TypeError, "diagonal"),
-    ],
-)
-def test_a_bad_fixed_metric_is_named(diagonal, error, words):
-    with pytest.raises(error, match=words):
-        efcp_jax.fixed_metric(diagonal)
-
-
-def test_a_leaf_that_a_fixed_metric_forgets_is_named():
-    tx = efcp_jax.scale_by_ggt(2, metric=efcp_jax.fixed_metric({"w": 1.0}))
-    with pytest.raises(ValueError, match="'k'"):
-        tx.update(gradients(1)[0], tx.init(params()))
 
 
 @pytest.mark.parametrize("metric", [True, 0.95, "adam", efcp_jax.diagonal_metric])
