@@ -164,10 +164,9 @@ def top_k(
             accelerators are fast as well; powers of two suit them best. None makes one
             block of all parameters. Blocks larger than the model are cut down to it.
         value_dtype: Dtype of the stored values. None stores them in the working dtype
-            (float32, or float64 for float64 parameters). A floating dtype of 16 bits,
-            `jnp.bfloat16`, makes an entry 3 bytes (4 in blocks of more than 256);
-            `jnp.int8` and `jnp.float8_e4m3fn` make it 2, in blocks of up to 256 only.
-            Error feedback carries the rounding over to the next step.
+            (float32, or float64 for float64 parameters). `jnp.bfloat16` makes an entry
+            3 bytes (4 in blocks of more than 256), `jnp.int8` and `jnp.float8_e4m3fn`
+            make it 2, in blocks of up to 256 only. Error feedback carries the rounding.
 
     Returns:
         An immutable compressor, for the `compressor` argument of the transformations.
@@ -190,12 +189,11 @@ def top_k(
         A window takes m k (bytes a value + bytes an offset) bytes a block. A step costs
         one selection over the gradient and two passes over the window. For blocks of up
         to 256 entries the first compares each entry with the k of the new row, and the
-        second with all B places of its block on accelerators; CPUs scatter it, in 2 to
-        3 ns an entry. For larger blocks CPUs and GPUs gather and scatter m k entries a
-        block, GPUs row after row, so that runs repeat bit for bit, and TPUs compare m
-        k^2 and multiply 2 m k B numbers a block: prefer small blocks there, and windows
-        whose m k is a multiple of 8, which else are copied. Over several devices, one
-        block means one block a device.
+        second with all B places of its block on accelerators; CPUs scatter it. For
+        larger blocks CPUs and GPUs gather and scatter m k entries a block, GPUs row
+        after row, so that runs repeat bit for bit, and TPUs compare m k^2 and multiply
+        2 m k B numbers a block: prefer small blocks there, and windows whose m k is a
+        multiple of 8, which else are copied. On many devices None is a block on each.
 
         Values of 8 bits are multiples of a power of two that each row has for every
         tile of 128 blocks, 2 bytes. int8 has steps of 1/64 to 1/128 of the largest of
