@@ -22,9 +22,9 @@ compressor: `identity()`, `top_k(...)` or `low_rank(...)`. None is `identity()`.
 block_diagonal: Whether every leaf has a Gram matrix of its own, a block-diagonal
     preconditioner, instead of one for all parameters. Each is solved by itself, and
     blocks of `top_k` hold entries of one leaf only.
-metric: What gradients and updates are measured in, `diagonal_metric(...)`: the step
-    is made on $D^{-1/2} g_t$, and the update multiplied by $D^{-1/2}$. None for the
-    Euclidean metric.
+metric: What gradients and updates are measured in, `diagonal_metric(...)`: the
+    step is made on $D^{-1/2} g_t$, and the update multiplied by $D^{-1/2}$. None
+    for the Euclidean metric.
 error_feedback: Whether what the compressor drops is added to the next gradient.
     Switch it off behind `error_feedback(compressor)` in a chain.
 error_dtype: Dtype in which the error is kept. None for the working dtype (float32,
@@ -84,10 +84,10 @@ weight_decay: Decoupled weight decay, at least 0, multiplied by the learning rat
     number or a schedule.
 mask: Tree of booleans, or a function from parameters to one, that says which leaves
     decay; None for all.
-metric: What gradients and updates are measured in, `diagonal_metric(...)`: the step
-    is made on $D^{-1/2} g_t$, and the update multiplied by $D^{-1/2}$. None for the
-    Euclidean metric. `"auto"` for `diagonal_metric()` with `relative=True` or without
-    a damping or eps, and for None where that is in the published unit.
+metric: What gradients and updates are measured in, `diagonal_metric(...)`: the
+    step is made on $D^{-1/2} g_t$, and the update multiplied by $D^{-1/2}$. None
+    for the Euclidean metric. `"auto"` for `diagonal_metric()` with `relative=True`
+    or without a damping or eps, and for None where that is in the published unit.
 rank: Columns of the factors of every matrix, at least 1; None for 4. Leaves that
     such factors would not make smaller are kept whole.
 value_dtype: Floating dtype of the stored rows; None for the working dtype.

@@ -208,7 +208,6 @@ def test_vmap_gives_each_of_several_runs(method):
             assert oracles.relative_error(a, b) <= 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("leaf", ["bias", "kernel", "weight"])
 def test_a_gradient_that_is_not_finite_in_one_part_is_skipped_by_all(leaf):
     stacked = cases.gradients(6)

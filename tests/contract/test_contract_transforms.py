@@ -108,7 +108,6 @@ def test_a_step_in_float32_is_the_same_where_64_bits_are_on(name):
     aliases.assert_close(wide, narrow)
 
 
-@pytest.mark.slow
 @every_alias
 @pytest.mark.parametrize("map_", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_a_mapped_step_equals_the_steps_one_by_one(name, map_):

@@ -165,7 +165,6 @@ def constant(params, noise, step):
     return jax.tree.map(jnp.ones_like, params)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [skipped, zero, vanishing, constant])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_a_special_kind(method, gradient):

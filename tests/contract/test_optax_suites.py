@@ -151,7 +151,6 @@ class _JittedMultiSteps(optax.MultiSteps):
         return _jitted(super().gradient_transformation())
 
 
-@pytest.mark.slow
 @every_variant
 def test_the_common_suite_of_contrib_passes(name):
     check(

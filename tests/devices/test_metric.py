@@ -33,7 +33,6 @@ def one_device(alias, metric):
     return cases.vectors(updates), jax.tree.map(np.asarray, state[0].metric)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("placing", cases.PLACINGS)
 def test_many_devices_give_the_numbers_of_one(placing, metric):

@@ -84,7 +84,6 @@ def test_a_member_a_device_is_as_if_alone(name, kind):
     aliases.assert_equal(jax.device_get(found), alone(tx, given))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("kind", COMPRESSORS)
 def test_a_mean_of_what_each_device_makes_of_its_gradient(kind, transform):
