@@ -91,6 +91,17 @@ def test_numbers_that_were_kept_stay_as_they_are():
     np.testing.assert_array_equal(quantized.load(on_host, np.float64), y)
 
 
+def test_hosts_round_to_the_nearest():
+    x = drawn()
+    on_host = quantized.store_on_host(x, empty(x))
+    error = np.abs(np.asarray(quantized.load(on_host, np.float64)) - x)
+    unit = np.repeat(np.asarray(on_host.units, np.float64), 100, axis=1)
+    # Half a unit, but for the largest, of which there is no next one.
+    clipped = np.abs(x) > 127 * unit
+    assert np.all(error[~clipped] <= unit[~clipped] / 2)
+    assert error.max() > 0
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e-44, 1e-38, 1e30, 1e38])
 def test_extremes_stay_finite(factor):
     x = np.float32(factor) * np.linspace(-3, 3, 40, dtype=np.float32)[None]

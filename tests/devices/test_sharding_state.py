@@ -326,7 +326,6 @@ def carried(dtype, size, before, after):
     return entries(state.window.rows), entries(moved.window.rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("after", [1, 3])
 def test_values_of_eight_bits_move_as_they_are_with_their_tiles(dtype, after):

@@ -72,6 +72,17 @@ def test_largest_entries_are_those_of_a_stable_sort(rows, size, kept):
         np.testing.assert_array_equal(got, expected(x, kept), err_msg=kind)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("kept", [1, 2, 5, 8])
+def test_rounds_of_maxima_are_a_stable_sort_as_well(kept):
+    rng = np.random.default_rng(kept)
+    select = jax.jit(largest, static_argnums=(1, 2))
+    for kind in KINDS:
+        x = entries(kind, (40, 128), rng).astype(np.float32)
+        got = select(jnp.asarray(x), kept, 8)
+        np.testing.assert_array_equal(got, expected(x, kept), err_msg=kind)
+
+
 @pytest.mark.parametrize(("rows", "size", "kept"), [(2, 100, 7), (2, 4096, 41)])
 def test_doubles_are_told_apart_in_their_last_bit(rows, size, kept):
     rng = np.random.default_rng(0)
