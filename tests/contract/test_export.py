@@ -27,15 +27,14 @@ def test_the_step_lowers_for_cpu_cuda_and_tpu(name):
     assert shape_and_dtype(new_state) == shape_and_dtype(state)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_sparse_steps_of_accelerators_sort_nothing_of_the_size_of_the_model(platform):
+def test_sparse_steps_of_gpus_sort_nothing_of_the_size_of_the_model():
     """With a window that keeps its factorisation on CPUs, and entries in words."""
     tx = efcp_jax.sparse_mfac(
         1e-3, window_size=512, block_size=4096, value_dtype=jnp.bfloat16
     )
     params = jax.ShapeDtypeStruct((100, 100), jnp.float32)
     state = jax.eval_shape(tx.init, params)
-    exported = export.export(jax.jit(tx.update), platforms=[platform])
+    exported = export.export(jax.jit(tx.update), platforms=["cuda"])
     text = exported(params, state, params).mlir_module()
     assert "stablehlo.scatter" in text
     operands = re.findall(r'"stablehlo.sort".*?\}\) : \((.*?)\) ->', text, re.DOTALL)

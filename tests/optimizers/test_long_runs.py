@@ -28,7 +28,8 @@ def stored_rows(name: str, state) -> np.ndarray:
     rows = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.window.rows)
     space = COMPRESSORS[name].bind(layout(cases.params(), jnp.float32, None))
     if name == "sparse":
-        values, offsets = (space.passes.by_block(entries) for entries in rows)
+        each = map(space.passes.blocks, rows)
+        values, offsets = (x.reshape(len(x), M, -1) for x in each)
         blocks, size, kept = values.shape
         dense = np.zeros((size, blocks, 16))
         for b, i, k in np.ndindex(blocks, size, kept):
