@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = EXAMPLES / "benchmarks"
 # One of these holds the compiler.
 PACKAGES = {
     "cpu": ("jaxlib",),
@@ -42,8 +43,7 @@ def environment() -> dict[str, str]:
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "PYTHONPATH": os.pathsep.join(
-            [str(SCRIPTS), str(SCRIPTS.parent)]
-            + [path for path in [os.environ.get("PYTHONPATH")] if path]
+            filter(None, [str(SCRIPTS), str(EXAMPLES), os.environ.get("PYTHONPATH")])
         ),
     }
 

@@ -34,35 +34,33 @@ def find(folder: Path) -> list[Path] | None:
     return None if missing else found
 
 
-def read(paths: list[Path]) -> list[tuple[np.ndarray, np.ndarray]]:
+def read(paths: list[Path]) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
     """Return images `(examples, height, width, 1)` and labels, of both pairs of files.
+
+    And the SHA-256 sum of what the files hold, one behind the other.
 
     Raises:
         ValueError: A file is damaged, of another kind or size than its first bytes say,
-            or has as many labels as there are no images.
+            or there are other numbers of images than of labels.
     """
-    pairs = []
-    for images, labels in (paths[:2], paths[2:]):
-        pair = _array(images, 3), _array(labels, 1)
-        if len(pair[0]) != len(pair[1]):
+    pairs, whole = [], hashlib.sha256()
+    for files in (paths[:2], paths[2:]):
+        held = [_bytes(path) for path in files]
+        for data in held:
+            whole.update(data)
+        given = zip(files, held, (3, 1), strict=True)
+        images, labels = (_array(*each) for each in given)
+        if len(images) != len(labels):
             raise ValueError(
-                f"{images} has {len(pair[0])} images and {labels} {len(pair[1])} labels"
+                f"{files[0]} has {len(images)} images and {files[1]} {len(labels)}"
+                " labels"
             )
-        pairs.append((pair[0][..., None], pair[1].astype(np.int32)))
-    return pairs
+        pairs.append((images[..., None], labels.astype(np.int32)))
+    return pairs, whole.hexdigest()
 
 
-def digest(paths: list[Path]) -> str:
-    """Return the SHA-256 sum of what the files hold, one behind the other."""
-    whole = hashlib.sha256()
-    for path in paths:
-        whole.update(_bytes(path))
-    return whole.hexdigest()
-
-
-def _array(path, axes):
-    """Return the bytes of a file in its shape."""
-    data = _bytes(path)
+def _array(path, data, axes):
+    """Return the bytes of a file in their shape."""
     start = 4 + 4 * axes
     # Two zeros, the code of bytes without sign, and the number of axes.
     if data[:4] != bytes([0, 0, 8, axes]) or len(data) < start:

@@ -67,8 +67,7 @@ def read(folder: Path, hold_out: int | None) -> Pictures:
 
 
 def _of_idx(folder, paths):
-    train, test = idx.read(paths)
-    total = idx.digest(paths)
+    (train, test), total = idx.read(paths)
     print(f"{folder}: sha256 {total}")
     scaled = train[0] / np.float32(255)
     return Pictures(

@@ -95,7 +95,7 @@ class Trainer:
                 progress.update(chunk)
                 if (first + chunk) % between:
                     continue
-                held_out.append(self.evaluate(*carry[:2]))
+                held_out.append(self._on(self.workload.evaluations(), carry))
                 curve["step"].append(first + chunk)
                 curve["seconds"].append(seconds / len(seeds))
                 curve["train_loss"].append(np.concatenate(losses).mean(axis=0))
@@ -106,11 +106,11 @@ class Trainer:
                     break  # it does not come back
         outcomes = [_result(i, curve, held_out) for i in range(len(seeds))]
         if self.workload.tests is not None:
-            test = self.evaluate(carry[0], carry[1], self.workload.tests())
+            test = self._on(self.workload.tests(), carry)
             for i, outcome in enumerate(outcomes):
                 outcome |= {f"test_{k}": float(f"{v[i]:.6g}") for k, v in test.items()}
-        for outcome in outcomes:
-            outcome["step_bytes"] = self._step_bytes() // len(seeds)
+        step_bytes = self._step_bytes() // len(seeds)
+        outcomes = [outcome | {"step_bytes": step_bytes} for outcome in outcomes]
         return outcomes, carry[0], carry[1]
 
     def _step_bytes(self) -> int:
@@ -120,12 +120,11 @@ class Trainer:
         whole += memory.temp_size_in_bytes - memory.alias_size_in_bytes
         return whole - sum(leaf.nbytes for leaf in jax.tree.leaves(self.workload.data))
 
-    def evaluate(
-        self, params, statistics, items: Iterable[Any] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Return the mean loss and the accuracy on the held-out data, one a seed."""
+    def _on(self, items: Iterable[Any], carry: Any) -> dict[str, np.ndarray]:
+        """Return the mean loss and the accuracy on `items`, one a seed."""
+        params, statistics, _ = carry
         total: dict[str, Any] = {}
-        for item in self.workload.evaluations() if items is None else items:
+        for item in items:
             sums = self._evaluate(params, statistics, self.workload.data, item)
             total = {
                 name: total.get(name, 0.0) + np.asarray(value, np.float64)
