@@ -48,41 +48,36 @@ def environment() -> dict[str, str]:
     }
 
 
-@functools.cache
-def measure(platform: str, case: str) -> dict[str, Any]:
-    """Return what `compiled.py` measures of a case, or skip without the compiler."""
-    if package := missing(platform):
-        pytest.skip(f"`{package}` is not installed")
-    with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(
-            [
-                *[sys.executable, "compiled.py", "--platforms", platform],
-                *["--cases", case, "--output", folder],
-            ],
-            cwd=SCRIPTS,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
-        (result,) = json.loads((Path(folder) / "compiled.json").read_text())
-    return result
-
-
-def worker(script: str, platform: str) -> dict[str, Any]:
-    """Return what a script of this folder prints, in JSON, or skip without compiler."""
+def output(platform: str, *arguments: str, folder: Path | None = None) -> str:
+    """Return what Python prints, called so in `folder`, or skip without compiler."""
     if package := missing(platform):
         pytest.skip(f"`{package}` is not installed")
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), platform],
+        [sys.executable, *arguments],
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=1200,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
+    return run.stdout
+
+
+@functools.cache
+def measure(platform: str, case: str) -> dict[str, Any]:
+    """Return what `compiled.py` measures of a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = ["--platforms", platform, "--cases", case, "--output", folder]
+        output(platform, "compiled.py", *given, folder=SCRIPTS)
+        (result,) = json.loads((Path(folder) / "compiled.json").read_text())
+    return result
+
+
+def worker(script: str, platform: str) -> dict[str, Any]:
+    """Return what a script of this folder prints, in JSON."""
+    path = str(Path(__file__).with_name(script))
+    return json.loads(output(platform, path, platform))
 
 
 def over(result: dict[str, Any], budget: dict[str, float]) -> dict[str, Any]:
