@@ -30,7 +30,7 @@ def residual(
     form: Any, vector: jax.Array, values: jax.Array, offsets: jax.Array
 ) -> jax.Array:
     """Return `vector` less the `values` at their places, which are of one row."""
-    # Unsigned and in reach: nothing is compared with the ends of a block.
+    # In reach: nothing is compared with the ends of a block.
     return _at(form, vector, offsets).add(
         -form.blocks(values), mode="promise_in_bounds", unique_indices=True
     )
@@ -71,5 +71,6 @@ def _scatter(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
 
 
 def _at(form: Any, vector: jax.Array, offsets: jax.Array) -> Any:
-    block = jnp.arange(len(vector), dtype=jnp.uint32)[:, None]
-    return vector.at[block, form.blocks(offsets).astype(jnp.uint32)]
+    # Of signed integers: TPUs scatter by unsigned ones with a copy of the vector more.
+    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
+    return vector.at[block, form.blocks(offsets).astype(jnp.int32)]
