@@ -45,8 +45,8 @@ Rooms of the house, from the roof to the cellar; imports point down only:
     protocol                            a step as an Optax transformation
     feedback                            the gradient's way in: metric, error, window
     preconditioners                     m x m only: M-FAC, GGT, Gram matrix, Cholesky
-    metrics                             what gradients are measured in
     compressors                         what a row is, one representation a file
+    metrics                             what gradients are measured in
     passes                              work over a window, by platform
     devices                             which device holds what
     quantized                           errors of 8 bits

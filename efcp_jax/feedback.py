@@ -22,7 +22,7 @@ import optax
 from efcp_jax import passes, quantized
 from efcp_jax.compressors import ROW_AXIS, Compressor, Space
 from efcp_jax.devices.layout import Layout
-from efcp_jax.metrics import DiagonalMetric, Measured
+from efcp_jax.metrics import DiagonalMetric, Gradient, Measured
 
 
 class Taken(NamedTuple):
@@ -111,8 +111,7 @@ class Feedback:
             finite = measured.finite
         if self.skip_nonfinite:
             updates = _without_faults(updates, finite)
-        if measured is not None:
-            updates = measured.scaled(updates)
+        gradient = Gradient(updates, measured)
         # Dividing the row by the power of two above its largest entry is exact and lets
         # gradients of any magnitude share a window. It needs that magnitude on all
         # devices, so it is done on one alone, where none has to ask others. On several,
@@ -121,13 +120,13 @@ class Feedback:
         error = None
         if state.error is None:
             # Of a gradient that is not accepted nothing is kept, whatever it is.
-            packed = space.pack(updates)
+            packed = space.pack(gradient.tree)
             row, scale, basis = space.compress(packed, state.basis, scaled=alone)
         else:
             # Knowing beforehand whether to add it, the error is overwritten where it
             # lies; choosing between the new and the old one needs both.
             accept = finite if guarded else jnp.asarray(True)
-            given = updates, state.error, state.basis, accept, state.count
+            given = gradient, state.error, state.basis, accept, state.count
             row, scale, error, basis = space.feed(*given, scaled=alone)
         return Taken(row, scale, error, basis, finite, space.layout, measured, guarded)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from efcp_jax import quantized
 from efcp_jax.devices.layout import Layout
+from efcp_jax.metrics.measured import Gradient
 
 
 # Every array of a window lays its rows end to end along this axis, behind the axis that
@@ -74,11 +75,11 @@ class Space(Protocol):
         If `scaled`, the scale is the power of two above the largest entry or 0; else 1.
         """
 
-    def feed(self, tree: Tree, error: Vector, basis, accept, count, scaled) -> Any:
-        """Compress `error` plus `tree`; return the row, its scale, error and basis.
+    def feed(self, gradient: Gradient, error, basis, accept, count, scaled) -> Any:
+        """Compress `error` plus `gradient`: the row, its scale, error and basis.
 
         Errors are as they are kept, rounded by `count`, the number of the step. If not
-        `accept`, the tree is not added, and the error stays as it is.
+        `accept`, nothing is added, and the error stays as it is.
         """
 
     def expand(self, row: Row) -> Vector:
@@ -108,14 +109,14 @@ class Space(Protocol):
         """
 
 
-def feed(space: Any, tree, error, basis, accept, count, scaled) -> Any:
+def feed(space: Any, gradient, error, basis, accept, count, scaled) -> Any:
     """Do what `Space.feed` does, by two more operations that `space` has.
 
     `accumulate` adds the vector of a tree if `accept`, and `residual` takes away the
     scale times that of a row, both within their range.
     """
     before = quantized.load(error, space.layout.dtype)
-    total = space.accumulate(tree, before, accept)
+    total = space.accumulate(gradient.tree, before, accept)
     row, scale, basis = space.compress(total, basis, scaled)
     rest = space.residual(total, row, jnp.where(accept, scale, 0))
     return row, scale, quantized.store(rest, error, accept, count), basis

@@ -50,8 +50,8 @@ class Blocks:
         there are fewer.
         """
         members: dict[int, tuple[int, ...]] = {}
-        for index, leaf in enumerate(layout.leaves):
-            copies = layout.copies(leaf)
+        for index in layout.order:
+            copies = layout.copies(layout.leaves[index])
             members[copies] = *members.get(copies, ()), index
         copies, indices = zip(*sorted(members.items() or [(1, ())]), strict=True)
         totals = [sum(layout.leaves[i].size for i in group) for group in indices]

@@ -16,6 +16,7 @@ from efcp_jax.compressors.parts import Part, PartRow, Parts, leaf_parts
 from efcp_jax.devices.collectives import together
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.sections import zero_after
+from efcp_jax.metrics.measured import Gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,10 @@ class PartSpace:
         rows, scales, bases = _fields(self._each("compress", *given, scaled=scaled))
         return *self._row(rows, scales), _kept(bases)
 
-    def feed(self, tree, error: Parts, basis, accept, count, scaled):  # noqa: D102
-        given = self._divided(tree), self._apart(error), basis
+    def feed(self, gradient, error: Parts, basis, accept, count, scaled):  # noqa: D102
+        divided = self._divided(gradient.tree)
+        each = {name: Gradient(tree, None) for name, tree in divided.items()}
+        given = each, self._apart(error), basis
         alike = {"accept": accept, "count": count, "scaled": scaled}
         rows, scales, errors, bases = _fields(self._each("feed", *given, **alike))
         return *self._row(rows, scales), self._joined(errors), _kept(bases)

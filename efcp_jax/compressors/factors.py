@@ -144,15 +144,15 @@ class FactorSpace:
     def _random(self, dtype: Any) -> jax.Array:
         """Return fixed random rows of length about 1, this device's part of them."""
         (_, cols), (_, axes) = self.shape, self.axes
-        size = cols * self.layout.ways(axes)
-        columns = jax.random.normal(jax.random.key(0), (size, self.rank), dtype)
-        if axes:  # the same numbers as on one device
-            start = lax.axis_index(axes) * cols
-            columns = lax.dynamic_slice_in_dim(columns, start, cols)
-        return columns.T / math.sqrt(size)
+        # The same numbers as on one device.
+        first = lax.axis_index(axes) * cols if axes else 0
+        numbers = quantized.uniform((cols, self.rank), jnp.int32(0), first)
+        spread = math.sqrt(12 / (cols * self.layout.ways(axes)))
+        return ((numbers - 0.5) * spread).astype(dtype).T
 
-    def feed(self, tree, error, basis, accept, count, scaled) -> Routine:  # noqa: D102
-        total = self.accumulate(tree, quantized.load(error, self.layout.dtype), accept)
+    def feed(self, gradient, error, basis, accept, count, scaled) -> Routine:  # noqa: D102
+        before = quantized.load(error, self.layout.dtype)
+        total = self.accumulate(gradient.tree, before, accept)
         row, scale, basis = yield from self.compress(total, basis, scaled)
         taken = jnp.where(accept, scale, 0)
         rest = subtract(total, row.left, row.right, taken)
@@ -199,8 +199,9 @@ class FactorSpace:
                 lambda x, at=at, n=count: lax.dynamic_slice_in_dim(x, at, n),
                 (window, coefficients + zero),
             )
-            matrices += (values := self._split(self.combine(*own)))
-            zero = zero_after(zero, *values)
+            combined = self.combine(*own)
+            matrices += self._split(combined)
+            zero = zero_after(zero, combined)
         return self.layout.tree(matrices)
 
     def mover(self, new: "FactorSpace") -> FactorMover:  # noqa: D102

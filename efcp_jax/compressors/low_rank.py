@@ -12,7 +12,7 @@ from efcp_jax import _validate
 from efcp_jax.compressors.composite import PartSpace
 from efcp_jax.compressors.factors import FactorSpace
 from efcp_jax.compressors.identity import Identity
-from efcp_jax.compressors.parts import Part, alike, leaf_parts
+from efcp_jax.compressors.parts import Part, leaf_parts
 from efcp_jax.devices.layout import Layout, Leaf
 
 
@@ -46,7 +46,7 @@ class LowRank:
 
         parts = [
             Part.of(name, bind, layout, indices)
-            for name, indices in alike(layout, thin, matrix).items()
+            for name, indices in layout.alike(thin, matrix).items()
         ]
         if rest or not thin:
             parts += leaf_parts(Identity(self.value_dtype).bind, layout, rest)

@@ -6,8 +6,7 @@ and the time to compile follow the number of different leaves. In a state their 
 lie behind each other along the first axis, on each device.
 """
 
-import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 import dataclasses
 import functools
 import itertools
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax.compressors.base import Space
-from efcp_jax.devices.layout import Layout, Leaf
+from efcp_jax.devices.layout import Layout
 
 
 # What there is for each part, by its name.
@@ -92,28 +91,9 @@ class Part(NamedTuple):
         return made if self.alone else jax.tree.map(join, made)
 
 
-def alike(
-    layout: Layout, indices: Iterable[int], key: Callable[[Leaf], tuple[Any, Any]]
-) -> dict[str, tuple[int, ...]]:
-    """Return the leaves of equal `key`, a shape and what else must be alike, by name.
-
-    The name is the shape, and from the second key of that shape a number.
-    """
-    groups: dict[Any, list[int]] = {}
-    for index in indices:
-        groups.setdefault(key(layout.leaves[index]), []).append(index)
-    counts, named = collections.Counter(), {}
-    for (shape, _), found in groups.items():
-        name = "x".join(map(str, shape)) or "1"
-        counts[name] += 1
-        number = f"-{counts[name]}" if counts[name] > 1 else ""
-        named[name + number] = tuple(found)
-    return named
-
-
 def leaf_parts(bind: Any, layout: Layout, indices: Iterable[int]) -> list[Part]:
     """Return parts in which each of some leaves stands for itself; one at least."""
-    groups = alike(layout, indices, lambda leaf: (leaf.whole, leaf))
+    groups = layout.alike(indices, lambda leaf: (leaf.whole, leaf))
     parts = [
         Part.of(name, bind, layout, *((i,) for i in found))
         for name, found in groups.items()

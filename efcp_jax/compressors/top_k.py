@@ -1,11 +1,8 @@
 """Sparse rows: the entries of largest magnitude of each block of the gradient."""
 
-from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +13,8 @@ from efcp_jax.compressors.blocks import Blocks
 from efcp_jax.compressors.composite import each_leaf
 from efcp_jax.compressors.movers import SparseMover
 from efcp_jax.devices.layout import Layout
-from efcp_jax.devices.sections import reader
+from efcp_jax.devices.sections import Piece, piece_of
+from efcp_jax.metrics.measured import Gradient
 from efcp_jax.numerics import saturate
 from efcp_jax.passes import row_scale
 from efcp_jax.passes.entries import DTYPES, SparseRow, Storage, Stored
@@ -48,27 +46,26 @@ class SparseSpace(Blocks):
     def compress(self, vector: jax.Array, basis: None, scaled: bool):  # noqa: D102
         return *self._row(*self.passes.select(vector), scaled), basis
 
-    def feed(self, tree, error, basis, accept, count, scaled):  # noqa: D102
-        def by_parts(tree, error, accept, count) -> Any:
-            return feed(self, tree, error, basis, accept, count, scaled)[:3]
+    def feed(self, gradient, error, basis, accept, count, scaled):  # noqa: D102
+        def by_parts(gradient, error, accept, count) -> Any:
+            return feed(self, gradient, error, basis, accept, count, scaled)[:3]
 
         row, scale, rest = self.passes.feed(
-            tree,
+            gradient,
             error,
             accept,
             count,
             by_parts=by_parts,
             finish=lambda values, offsets: self._row(values, offsets, scaled),
-            gradient=self.pack,
-            sections=self._sections,
+            pieces=self._pieces,
             dtype=self.layout.dtype,
         )
         return row, scale, rest, basis
 
-    def _sections(self, tree: chex.ArrayTree) -> Callable[..., Any]:
-        flat, layout = self.flat, self.layout
-        arrays = layout.flat(tree) if flat else [self.pack(tree).reshape(-1)]
-        return functools.partial(reader, arrays, layout.dtype)
+    def _pieces(self, gradient: Gradient) -> list[Piece]:
+        if self.flat:
+            return gradient.pieces(self.layout)
+        return [piece_of(self.pack(gradient.tree).reshape(-1))]
 
     def _row(self, values: jax.Array, offsets: jax.Array, scaled: bool) -> Any:
         # The largest entry is among those that are kept.
@@ -107,7 +104,8 @@ class SparseSpace(Blocks):
         leaves = self.layout.leaves
         runs = [[leaves[i].size for i in run] for run in self.layout.runs(_RUNS)]
         made = self.passes.combine(window, coefficients, runs)
-        pairs = zip(made, leaves, strict=True)
+        found = dict(zip(self.layout.order, made, strict=True))
+        pairs = ((found[i], leaf) for i, leaf in enumerate(leaves))
         return self.layout.tree([x.reshape(leaf.matrix_shape) for x, leaf in pairs])
 
     def mover(self, new: "SparseSpace") -> SparseMover:  # noqa: D102

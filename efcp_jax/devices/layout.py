@@ -7,8 +7,11 @@ of the device's own shards. A `Layout` is made from shapes wherever a function i
 traced, and never enters the state.
 """
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -90,6 +93,34 @@ class Layout:
     # shapes of a state tell which of both has made it.
     chosen: bool = False
 
+    @functools.cached_property
+    def kinds(self) -> dict[str, tuple[int, ...]]:
+        """The leaves that are alike in everything, by the name of their shape."""
+        return self.alike(range(len(self.leaves)), lambda leaf: (leaf.whole, leaf))
+
+    def alike(
+        self, indices: Iterable[int], key: Callable[[Leaf], tuple[Any, Any]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the leaves of equal `key`, a shape and what else must be alike.
+
+        Their name is the shape, and from the second key of that shape a number.
+        """
+        groups: dict[Any, list[int]] = {}
+        for index in indices:
+            groups.setdefault(key(self.leaves[index]), []).append(index)
+        counts, named = collections.Counter(), {}
+        for (shape, _), found in groups.items():
+            name = "x".join(map(str, shape)) or "1"
+            counts[name] += 1
+            number = f"-{counts[name]}" if counts[name] > 1 else ""
+            named[name + number] = tuple(found)
+        return named
+
+    @property
+    def order(self) -> list[int]:
+        """The leaves as they are laid end to end: equal ones beside each other."""
+        return [*itertools.chain(*self.kinds.values())]
+
     @property
     def axes(self) -> tuple[str, ...]:
         """All mesh axes the step is spread over."""
@@ -132,12 +163,13 @@ class Layout:
         limit = max(_SMALLEST_RUN, sum(leaf.size for leaf in self.leaves) // parts)
         runs: list[list[int]] = []
         room = 0
-        for index, leaf in enumerate(self.leaves):
-            if not runs or leaf.size > room:
+        for index in self.order:
+            size = self.leaves[index].size
+            if not runs or size > room:
                 runs.append([])
                 room = limit
             runs[-1].append(index)
-            room -= leaf.size
+            room -= size
         return runs
 
     def pieces(self, tree: chex.ArrayTree) -> Iterator[jax.Array]:
@@ -153,11 +185,11 @@ class Layout:
         return [jnp.asarray(x).astype(kinds[leaf.parts - 1]) for x, leaf in leaves]
 
     def flat(self, tree: chex.ArrayTree) -> list[jax.Array]:
-        """Return the leaves of `tree` flat, complex ones alone as `matrices` are."""
+        """Return the leaves of `tree` end to end, complex ones as `matrices` are."""
         pairs = zip(jax.tree.leaves(tree), self.matrices(tree), strict=True)
         # The others are widened where they are read.
         arrays = [w if jnp.iscomplexobj(x) else jnp.asarray(x) for x, w in pairs]
-        return [x.reshape(-1) for x in arrays]
+        return [arrays[i].reshape(-1) for i in self.order]
 
     def matrices(self, tree: chex.ArrayTree) -> list[jax.Array]:
         """Return the leaves of `tree` as real matrices in the working dtype."""

@@ -132,7 +132,11 @@ def convert(state: Any, source: Description, target: Description) -> Any:
     ways = {
         "error": error,
         "basis": lambda held: mover.basis(held),  # not every mover knows one
-        "metric": lambda held: jax.tree.map(_fitted, held, like.metric),
+        "metric": lambda held: held._replace(
+            moments=_moments(
+                held.moments, source.space.layout, target.space.layout, like.metric
+            )
+        ),
         "gram": mover.grams,
         "factor": mover.grams,
         "window": lambda held: held._replace(rows=mover.rows(held.rows)),
@@ -142,13 +146,30 @@ def convert(state: Any, source: Description, target: Description) -> Any:
     return state._replace(**moved)
 
 
-def _fitted(array: Any, like: Any) -> np.ndarray:
-    """Return `array` in the shape of `like`, cut or padded; scalars may be padded."""
-    array = np.atleast_1d(np.asarray(array))
-    fitted = np.zeros(like.shape or (1,), array.dtype)
+def _moments(held: Any, source: Layout, target: Layout, like: Any) -> dict[str, Any]:
+    """Return the moments of every kind; what is alike here may not be there."""
+    leaves = {
+        index: jax.tree.map(lambda x, place=place: np.asarray(x)[place], held[name])
+        for name, indices in source.kinds.items()
+        for place, index in enumerate(indices)
+    }
+
+    def stack(struct: Any, *each: np.ndarray) -> np.ndarray:
+        return np.stack([_fitted(x, struct.shape[1:]) for x in each])
+
+    return {
+        name: jax.tree.map(stack, like.moments[name], *(leaves[i] for i in indices))
+        for name, indices in target.kinds.items()
+    }
+
+
+def _fitted(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return `array` in `shape`, cut or padded; scalars may be padded."""
+    array = np.atleast_1d(array)
+    fitted = np.zeros(shape or (1,), array.dtype)
     both = [slice(min(pair)) for pair in zip(array.shape, fitted.shape, strict=True)]
     fitted[*both] = array[*both]
-    return fitted.reshape(like.shape)
+    return fitted.reshape(shape)
 
 
 def _check(state: Any, source: Description, target: Description) -> None:

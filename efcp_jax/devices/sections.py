@@ -8,7 +8,7 @@ that never all of them are copied.
 from collections.abc import Callable, Sequence
 import functools
 import itertools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax import lax
@@ -18,46 +18,37 @@ import numpy as np
 from efcp_jax.numerics import indexed
 
 
+# Entries laid end to end: how many, and what makes those from one number to another.
+Piece: TypeAlias = tuple[int, Callable[[int, int], jax.Array]]
+
+
+def piece_of(array: jax.Array, dtype: np.dtype | None = None) -> Piece:
+    """Return a flat array as a piece, widened to `dtype` where it is read."""
+    return len(array), lambda low, high: array[low:high].astype(dtype or array.dtype)
+
+
+def section(pieces: Sequence[Piece], start: int, size: int) -> jax.Array:
+    """Return `size` entries of `pieces`, laid end to end, and zeros behind them."""
+    made, begin = [], 0
+    for length, cut in pieces:
+        low, high = max(start - begin, 0), min(start + size - begin, length)
+        if low < high:
+            made.append(cut(low, high))
+        begin += length
+    missing = size - sum(map(len, made))
+    dtype = made[0].dtype if made else jnp.float32
+    return jnp.concatenate([*made, jnp.zeros(missing, dtype)])
+
+
 def reader(
-    arrays: Sequence[jax.Array], dtype: np.dtype, firsts: Sequence[int], size: int
+    pieces: Sequence[Piece], firsts: Sequence[int], size: int
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return what reads sections of flat `arrays`, laid end to end, by their numbers.
+    """Return what reads sections, that begin at one of `firsts`, by their numbers.
 
-    Each is of `size` entries of `dtype`, and begins at one of `firsts`; behind the last
-    array there are zeros. One inside of an array is cut from it; each of the others is
-    put together by a branch of its own. So there are no more branches than sections.
+    Each is put together by a branch of its own.
     """
-    ends = [0, *np.cumsum([len(x) for x in arrays]).tolist()]
-
-    def inside(index: int, first: jax.Array) -> jax.Array:
-        place = first - ends[index]
-        return lax.dynamic_slice_in_dim(arrays[index], place, size).astype(dtype)
-
-    def across(start: int, _: jax.Array) -> jax.Array:
-        pieces = []
-        for array, begin in zip(arrays, ends[:-1], strict=True):
-            low, high = max(start - begin, 0), min(start + size - begin, len(array))
-            if low < high:
-                pieces.append(array[low:high].astype(dtype))
-        return jnp.concatenate(
-            [*pieces, jnp.zeros(size - sum(map(len, pieces)), dtype)]
-        )
-
-    branches: dict[Any, Callable[[jax.Array], jax.Array]] = {}
-    chosen = []
-    for first in firsts:
-        index = int(np.searchsorted(ends, first, side="right")) - 1
-        whole = index < len(arrays) and first + size <= ends[index + 1]
-        cut, at = (inside, index) if whole else (across, first)
-        branches.setdefault((cut, at), functools.partial(cut, at))
-        chosen.append(list(branches).index((cut, at)))
-    table = np.array([chosen, firsts], np.int32)
-
-    def read(i: jax.Array) -> jax.Array:
-        number, first = jnp.asarray(table)[:, i]
-        return lax.switch(number, list(branches.values()), first)
-
-    return read
+    branches = [functools.partial(section, pieces, first, size) for first in firsts]
+    return lambda i: lax.switch(i, branches)
 
 
 def sweep(
@@ -87,6 +78,14 @@ def zero_after(*arrays: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.min(bits & 1), 0).astype(firsts.dtype)
 
 
+def at_run_time(number: int) -> jax.Array:
+    """Return an index that the program is not made for.
+
+    XLA on CPUs compiles what is done at two such places once.
+    """
+    return lax.optimization_barrier(jnp.int32(number))
+
+
 def write(
     runs: Sequence[Sequence[int]],
     unit: int,
@@ -110,9 +109,12 @@ def write(
         cuts = [*range(start, max(stop, start + 1), indexed()), stop]
         given = unit, chunk, units, zero
         parts = [_run(*between, *given) for between in itertools.pairwise(cuts)]
-        pieces = jnp.split(jnp.concatenate(parts), ends[:-1])
-        zero = zero_after(zero, *pieces)
-        leaves += pieces
+        whole = jnp.concatenate(parts)
+        zero = zero_after(zero, whole)
+        leaves += [
+            lax.dynamic_slice_in_dim(whole, at_run_time(end - size), size)
+            for end, size in zip(ends, sizes, strict=True)
+        ]
         start = stop
     return leaves
 

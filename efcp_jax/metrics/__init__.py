@@ -8,9 +8,9 @@ from typing import Any
 
 from efcp_jax.metrics.diagonal import (
     DiagonalMetric as DiagonalMetric,
-    Measured as Measured,
     diagonal_metric as diagonal_metric,
 )
+from efcp_jax.metrics.measured import Gradient as Gradient, Measured as Measured
 from efcp_jax.metrics.moments import Factored as Factored, MetricState as MetricState
 
 

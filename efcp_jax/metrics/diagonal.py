@@ -5,14 +5,12 @@ in place of its update $u'$: it is the plain step on the parameters
 $\theta' = D^{1/2} \theta$.
 """
 
-from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -21,40 +19,8 @@ from efcp_jax import _validate, passes
 from efcp_jax.devices.collectives import together
 from efcp_jax.devices.layout import Layout
 from efcp_jax.metrics import moments
+from efcp_jax.metrics.measured import Measured
 from efcp_jax.metrics.moments import MetricState
-from efcp_jax.numerics import root
-
-
-class Measured(NamedTuple):
-    r"""What a metric says of one gradient, as seen by this device.
-
-    `roots` makes $D^{-1/2}$ of every leaf, in order and to be broadcast, from `arrays`,
-    which are small or kept anyway. `share` is that of the mean of the moments.
-    """
-
-    layout: Layout
-    roots: Callable[[Any], list[jax.Array]]
-    arrays: Any
-    finite: jax.Array
-    moments: Any
-    share: jax.Array
-
-    def behind(self, value: Any) -> tuple["Measured", Any]:
-        """Return the metric as what is known behind `value`, and `value`.
-
-        Else compilers keep the roots for the way out, as large as the model.
-        """
-        arrays, value = lax.optimization_barrier((self.arrays, value))
-        return self._replace(arrays=arrays), value
-
-    def state(self, mean: jax.Array) -> MetricState:
-        """Return what is kept, given the mean of the moments."""
-        return MetricState(mean, self.moments)
-
-    def scaled(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        r"""Return $D^{-1/2}$ times the leaves of `tree`, in the working dtype."""
-        pairs = zip(self.layout.wide(tree), self.roots(self.arrays), strict=True)
-        return self.layout.treedef.unflatten(leaf * root for leaf, root in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +35,16 @@ class DiagonalMetric:
     def init(self, layout: Layout) -> MetricState:
         """Return moments of zero."""
         make = lambda shape: jnp.zeros(shape, self.dtype or layout.dtype)
-        each = moments.of_leaves(layout, self.factored, lambda x: x.shape, make)
+        shape = lambda count, leaf: (count, *leaf.shape)
+        each = moments.of_kinds(layout, self.factored, shape, make)
         return MetricState(jnp.zeros((), layout.dtype), each)
 
     def specs(self, layout: Layout) -> MetricState:
         """Return that moments are divided as the leaves are."""
         make = lambda axes: PartitionSpec(*(names or None for names in axes))
-        each = moments.of_leaves(layout, self.factored, lambda x: x.partition, make)
+        axes = lambda _, leaf: ((), *leaf.partition)
         mean: Any = PartitionSpec()
-        return MetricState(mean, each)
+        return MetricState(mean, moments.of_kinds(layout, self.factored, axes, make))
 
     def measure(
         self,
@@ -92,9 +59,9 @@ class DiagonalMetric:
         It is that behind `seen` others, and one that is not finite teaches nothing if
         `guarded`.
         """
-        values, old = layout.wide(tree), layout.treedef.flatten_up_to(state.moments)
-        groups = moments.groups_of(layout, self.factored)
-        sums = [moments.sums_of(group, group.of(values)) for group in groups]
+        kinds = moments.kinds_of(layout, self.factored)
+        leaves = layout.wide(tree)
+        sums = [moments.sums_of(k, [leaves[i] for i in k.indices]) for k in kinds]
         finite = passes.all_finite(jax.tree.leaves(sums))
         # The mean of all gradients so far at first, later one that forgets.
         count = seen.astype(layout.dtype) + 1
@@ -103,40 +70,22 @@ class DiagonalMetric:
         weight = jnp.where(finite, weight, 0) if guarded else weight
         weight = weight.astype(layout.dtype)
         observed: list[moments.Observed] = together(
-            moments.observe(group, layout, new, group.of(old), weight)
-            for group, new in zip(groups, sums, strict=True)
+            moments.observe(kind, layout, new, state.moments[kind.name], weight)
+            for kind, new in zip(kinds, sums, strict=True)
         )
         tiny = jnp.finfo(layout.dtype).tiny
         known, mean = state.mean >= tiny, jnp.maximum(state.mean, tiny)
         inverse = jnp.where(known, 1 / jnp.sqrt(mean), 0)
         # Flat while nothing is known.
         shift = jnp.where(known, 0, 1).astype(layout.dtype) + self.floor
-        in_order = lambda values: moments.in_order(groups, values)
         return Measured(
             layout=layout,
-            roots=lambda held: in_order(map(_inverse_roots, groups, held)),
+            factored=self.factored,
             arrays=[(each.made_of, inverse, shift) for each in observed],
             finite=finite,
-            moments=layout.treedef.unflatten(in_order(x.moments for x in observed)),
+            moments={k.name: x.moments for k, x in zip(kinds, observed, strict=True)},
             share=sum((x.total for x in observed), jnp.zeros((), layout.dtype)),
         )
-
-
-def _inverse_roots(group: moments.Group, held: Any) -> list[jax.Array]:
-    """Return $D^{-1/2}$ of the leaves of a group."""
-    made_of, inverse, shift = held
-    # Far above all numbers that occur, so that no product overflows.
-    limit = float(jnp.finfo(shift.dtype).max) ** 0.25
-    near = lambda x: jnp.minimum(x * inverse, limit)
-    if group.factored:
-        pairs = zip(*map(jnp.unstack, made_of), strict=True)
-        diagonals = [
-            row[..., None] * near(col[(None,) * row.ndim]) for row, col in pairs
-        ]
-    else:
-        wide = (x.astype(shift.dtype) for x in group.split(made_of))
-        diagonals = [near(root(x)) for x in wide]
-    return [lax.rsqrt(diagonal + shift) for diagonal in diagonals]
 
 
 def diagonal_metric(

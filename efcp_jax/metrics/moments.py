@@ -6,8 +6,7 @@ means $r_i$ over its rows and $c_j$ over its columns, which is exact where $v$ h
 one.
 """
 
-from collections.abc import Callable, Iterable
-import itertools
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -15,13 +14,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import passes
 from efcp_jax.devices.collectives import Routine
 from efcp_jax.devices.layout import Layout, Leaf
 from efcp_jax.numerics import cast, root
-
-
-# Entries of a leaf that is not worth copying to be beside others.
-_LARGE = 65_536
 
 
 class Factored(NamedTuple):
@@ -37,8 +33,8 @@ class MetricState(NamedTuple):
     Attributes:
         mean: Mean of the moments over all parameters behind the last step; 0 before
             the first.
-        moments: In the structure of the parameters, an array of the shape of the leaf
-            or a `Factored` for each.
+        moments: For the leaves of each shape, by name, those of g leaves in the order
+            of the parameters: an array `(g, ...)`, or a `Factored` of two.
     """
 
     mean: jax.Array
@@ -58,103 +54,87 @@ def factors(leaf: Leaf, factored: bool) -> bool:
     return rows + cols < rows * cols
 
 
-def of_leaves(
-    layout: Layout, factored: bool, axes: Callable[[Leaf], Any], make: Callable
-) -> Any:
-    """Return a tree of moments; `make` makes an array of some `axes` of a leaf."""
+def of_kinds(
+    layout: Layout, factored: bool, axes: Callable[[int, Leaf], Any], make: Callable
+) -> dict[str, Any]:
+    """Return moments by kind; `make` makes an array of some `axes` of g leaves."""
 
-    def one(leaf: Leaf) -> Any:
-        given = axes(leaf)
-        if factors(leaf, factored):
-            return Factored(make(given[:-1]), make(given[-1:]))
-        return make(given)
+    def one(kind: Kind) -> Any:
+        first, *given = axes(len(kind.indices), kind.leaf)
+        if kind.factored:
+            return Factored(make((first, *given[:-1])), make((first, given[-1])))
+        return make((first, *given))
 
-    return layout.treedef.unflatten(map(one, layout.leaves))
+    return {kind.name: one(kind) for kind in kinds_of(layout, factored)}
 
 
-class Group(NamedTuple):
-    """Leaves that are alike: they are taken at once, in fewer kernels."""
+class Kind(NamedTuple):
+    """Leaves that are alike, stacked: a step is as large as there are kinds of them."""
 
+    name: str
     leaf: Leaf  # any of them
-    indices: list[int]
+    indices: tuple[int, ...]
     factored: bool
 
-    def of(self, values: list[Any]) -> list[Any]:
-        """Return the values of these leaves."""
-        return [values[i] for i in self.indices]
 
-    def stack(self, values: list[jax.Array]) -> jax.Array:
-        """Return `values` as one array; what is alone, and may be large, as it is."""
-        return jnp.stack(values) if len(values) > 1 else values[0]
-
-    def split(self, array: jax.Array) -> list[jax.Array]:
-        """Undo `stack`."""
-        return list(jnp.unstack(array)) if len(self.indices) > 1 else [array]
+def kinds_of(layout: Layout, factored: bool) -> list[Kind]:
+    """Return the kinds of leaves of a tree."""
+    made = []
+    for name, indices in layout.kinds.items():
+        leaf = layout.leaves[indices[0]]
+        made.append(Kind(name, leaf, indices, factors(leaf, factored)))
+    return made
 
 
-def groups_of(layout: Layout, factored: bool) -> list[Group]:
-    """Return the leaves in groups of equal ones, but for large ones not factored."""
-    groups: dict[Any, Group] = {}
-    for index, leaf in enumerate(layout.leaves):
-        is_factored = factors(leaf, factored)
-        alone = leaf.size > _LARGE and not is_factored
-        key = index if alone else leaf
-        groups.setdefault(key, Group(leaf, [], is_factored)).indices.append(index)
-    return list(groups.values())
+def sums_of(kind: Kind, leaves: list[jax.Array]) -> list[jax.Array]:
+    """Return what g gradients add to the moments; NaN if one is not finite.
 
-
-def in_order(groups: list[Group], values: Iterable[list[Any]]) -> list[Any]:
-    """Return what each group has for its leaves, in the order of all leaves."""
-    indices = itertools.chain.from_iterable(group.indices for group in groups)
-    found = dict(zip(indices, itertools.chain.from_iterable(values), strict=True))
-    return [found[index] for index in range(len(found))]
-
-
-def sums_of(group: Group, values: list[jax.Array]) -> list[jax.Array]:
-    """Return what these g gradients add to the moments; NaN if it is not finite.
-
-    The squares, stacked; of factored leaves this device's share of their means over the
-    last axis, `(g, ...)`, and over all others, `(g, n)`.
+    The squares; of factored leaves this device's share of their means over the last
+    axis, `(g, ...)`, and over all others, `(g, n)`.
     """
-    if not group.factored:
-        return [_squares(group.stack(values))]
-    squares = [_squares(value) for value in values]
-    rows, cols = _sides(group.leaf)
-    above = tuple(range(len(group.leaf.shape) - 1))
-    return [
-        jnp.stack([jnp.sum(x * (1 / cols), axis=-1) for x in squares]),
-        jnp.stack([jnp.sum(x * (1 / rows), axis=above) for x in squares]),
-    ]
+    if not kind.factored:
+        return [_squares(jnp.stack(leaves))]
+    rows, cols = _sides(kind.leaf)
+
+    def means(values: jax.Array) -> list[jax.Array]:
+        squares = _squares(values)
+        above = tuple(range(1, squares.ndim - 1))
+        return [
+            jnp.sum(squares * (1 / cols), axis=-1),
+            jnp.sum(squares * (1 / rows), axis=above),
+        ]
+
+    return passes.of_stacked(means, leaves)
 
 
 class Observed(NamedTuple):
-    """Moments of a group, what their roots are made of, and their share of the mean.
+    """Moments of a kind, what their roots are made of, and their share of the mean.
 
     Roots of the factors, rows over their mean `(g, ...)` and columns `(g, n)`, or the
-    moments, stacked. All devices together count each parameter once.
+    moments. All devices together count each parameter once.
     """
 
-    moments: list[Any]
+    moments: Any
     made_of: Any
     total: jax.Array
 
 
 def observe(
-    group: Group, layout: Layout, new: list[jax.Array], old: list[Any], weight: Any
+    kind: Kind, layout: Layout, new: list[jax.Array], old: Any, weight: Any
 ) -> Routine:
-    """Return what is `Observed` of the sums of a group, all devices together."""
-    leaf = group.leaf
+    """Return what is `Observed` of the sums of a kind, all devices together."""
+    leaf = kind.leaf
     # At least one, so that a tree whose arrays are all empty is a tree.
     entries = max(1, sum(math.prod(each.whole) for each in layout.leaves))
-    if not group.factored:
-        moved = _towards(group.stack(old), new[0], weight)
+    if not kind.factored:
+        moved = _towards(old, new[0], weight)
         copies = layout.ways(layout.axes) // layout.ways(leaf.axes)
         total = jnp.sum(moved.astype(layout.dtype) * (1 / (entries * copies)))
-        return Observed(group.split(moved), moved, total)
+        return Observed(moved, moved, total)
     by_row, by_col = new
     if leaf.col_axes:
         by_row = yield lax.psum, by_row, leaf.col_axes
-    new_rows = _towards(jnp.stack([each.rows for each in old]), by_row, weight)
+    new_rows = _towards(old.rows, by_row, weight)
     wide = new_rows.astype(layout.dtype)
     rows, cols = _sides(leaf)
     over_rows = tuple(range(1, wide.ndim))
@@ -163,10 +143,10 @@ def observe(
         both = jnp.concatenate([by_col, mean.reshape(-1, 1)], axis=1)
         both = yield lax.psum, both, leaf.row_axes
         by_col, mean = both[:, :-1], both[:, -1].reshape(mean.shape)
-    new_cols = _towards(jnp.stack([each.cols for each in old]), by_col, weight)
+    new_cols = _towards(old.cols, by_col, weight)
     row = wide / jnp.where(mean > 0, mean, 1)
     return Observed(
-        list(map(Factored, jnp.unstack(new_rows), jnp.unstack(new_cols))),
+        Factored(new_rows, new_cols),
         (root(row), root(new_cols.astype(layout.dtype))),
         jnp.sum(mean) * (rows * cols / (entries * layout.ways(layout.axes))),
     )

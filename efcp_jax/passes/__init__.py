@@ -17,6 +17,7 @@ from efcp_jax.passes.arrays import (
     all_finite as all_finite,
     finite as finite,
     insert as insert,
+    of_stacked as of_stacked,
     overwrite as overwrite,
     row_scale as row_scale,
     subtract_products as subtract_products,

@@ -1,6 +1,6 @@
 """Passes over whole arrays: looked over, or written where they lie."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import functools
 
 import chex
@@ -8,7 +8,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax.devices.collectives import vary_like
 from efcp_jax.numerics import power_of_two, saturate
+
+
+# Entries of equal leaves that a CPU lays side by side.
+_STACKED = 1 << 18
 
 
 def finite(
@@ -55,6 +60,38 @@ def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]
     # is left whole, without a temporary.
     peaks = [jnp.max(jnp.abs(leaf), initial=zero) for leaf in leaves]
     return power_of_two(jnp.max(jnp.stack([zero, *peaks])))
+
+
+def of_stacked(
+    function: Callable[[jax.Array], list[jax.Array]], leaves: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Return `function` of equal leaves side by side, one after the other along axis 0.
+
+    A CPU would take a copy of all of them, and takes as many as stay in its cache.
+    """
+
+    def whole(*leaves: jax.Array) -> list[jax.Array]:
+        return function(jnp.stack(leaves))
+
+    def some_by_some(*leaves: jax.Array) -> list[jax.Array]:
+        count = max(1, _STACKED // max(1, leaves[0].size))
+        if count >= len(leaves):
+            return whole(*leaves)
+        # The last are as many as the others: some are taken twice.
+        starts = range(0, len(leaves), count)
+        starts = [min(start, len(leaves) - count) for start in starts]
+        some = [lambda start=start: leaves[start : start + count] for start in starts]
+
+        def step(i: jax.Array, made: list[jax.Array]) -> list[jax.Array]:
+            new, at = whole(*lax.switch(i, some)), jnp.asarray(starts)[i]
+            put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, at, axis=0)
+            return jax.tree.map(put, made, new)
+
+        shapes = jax.eval_shape(whole, *leaves)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return lax.fori_loop(0, len(starts), step, vary_like(leaves, zeros))
+
+    return lax.platform_dependent(*leaves, cpu=some_by_some, default=whole)
 
 
 def overwrite(

@@ -18,7 +18,7 @@ import numpy as np
 
 from efcp_jax import quantized
 from efcp_jax.devices.collectives import vary_like
-from efcp_jax.devices.sections import part, sweep, write
+from efcp_jax.devices.sections import part, reader, sweep, write
 from efcp_jax.numerics import indexed, saturate
 from efcp_jax.passes import selection
 from efcp_jax.passes.entries import COMMUTING, SparseRow, Storage, Stored
@@ -119,7 +119,7 @@ def feeds(form: Any, error: Any, dtype: np.dtype) -> bool:
 
 
 def feed(
-    form: Any, error: Any, sections: Any, accept: jax.Array, count: jax.Array
+    form: Any, error: Any, pieces: Any, accept: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return rounded values and offsets of a row, and the error less them."""
     blocks, size = jax.tree.leaves(error)[0].shape
@@ -127,7 +127,7 @@ def feed(
     # The last round begins early enough to be as long as the others: another length
     # would be another program, whose gradient is read ahead.
     firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
-    read = sections([lanes * size * i for i in firsts], lanes * size * chunk)
+    read = reader(pieces, [lanes * size * i for i in firsts], lanes * size * chunk)
 
     def step(i: jax.Array, carry: Any) -> Any:
         start = jnp.minimum(i * chunk, units - chunk)

@@ -8,9 +8,10 @@ entries are `(blocks, k)` and `(blocks, m k)`. No float is added in an order tha
 left open.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax.devices.collectives import vary_like
+from efcp_jax.devices.sections import Piece, section
 from efcp_jax.passes import cpu, gpu, reference, tpu
 from efcp_jax.passes.entries import SparseRow, Storage, Stored
 from efcp_jax.passes.tpu_tiles import LANES as LANES
@@ -130,15 +132,14 @@ class Form:
 
     def feed(
         self,
-        tree: Any,
+        gradient: Any,
         error: Any,
         accept: jax.Array,
         count: jax.Array,
         *,
         by_parts: Callable[..., Any],
         finish: Callable[[jax.Array, jax.Array], tuple[Any, jax.Array]],
-        gradient: Callable[[Any], jax.Array],
-        sections: Callable[[Any], Any],
+        pieces: Callable[[Any], Sequence[Piece]],
         dtype: np.dtype,
     ) -> tuple[Any, jax.Array, Any]:
         """Do what `Space.feed` does, but for the basis, in `dtype`.
@@ -146,27 +147,29 @@ class Form:
         TPUs do it in one pass over all, CPUs over some blocks after others where the
         error is narrow. Their `feed` returns values, rounded, and offsets of the row,
         float32 and int32, of which `finish` makes the row as it is stored and its
-        scale; `gradient` and `sections` are how they read `tree`. The others do it
+        scale; `pieces` is how they read `gradient`. The others do it
         `by_parts`, in pass after pass, and a derivative is that of this form.
         """
 
         def fed(module: Any, read: Callable[[Any], Any]) -> Callable[..., Any]:
-            def call(tree: Any, error: Any, *step: jax.Array) -> Any:
-                *row, rest = module.feed(self, error, read(tree), *step)
+            def call(gradient: Any, error: Any, *step: jax.Array) -> Any:
+                *row, rest = module.feed(self, error, read(pieces(gradient)), *step)
                 return *finish(*row), rest
 
             return call
 
+        shape = jax.tree.leaves(error)[0].shape
+        whole = lambda pieces: section(pieces, 0, math.prod(shape)).reshape(shape)
         forms = {}
         if tpu.feeds(self, error):
-            forms["tpu"] = fed(tpu, gradient)
+            forms["tpu"] = fed(tpu, whole)
         if cpu.feeds(self, error, dtype):
-            forms["cpu"] = fed(cpu, sections)
+            forms["cpu"] = fed(cpu, tuple)
         run = jax.custom_jvp(
             lambda *given: lax.platform_dependent(*given, default=by_parts, **forms)
         )
         run.defjvp(functools.partial(jax.jvp, by_parts))
-        return run(tree, error, accept, count)
+        return run(gradient, error, accept, count)
 
     def _by_platform(self, name: str, *arrays: Any, **given: Any) -> Any:
         """Return what the platform's own form of the pass `name` returns.

@@ -16,6 +16,7 @@ import efcp_jax
 from efcp_jax import by_label, identity, low_rank, top_k
 from efcp_jax.compressors import ROW_AXIS, Compressor, scoped
 from efcp_jax.devices.placement import layout
+from efcp_jax.metrics import Gradient
 
 
 M = cases.WINDOW
@@ -142,7 +143,8 @@ def test_inner_is_the_transpose_of_combine_and_rows_are_what_they_stand_for():
         row, scale, basis = space.compress(vector, before, True)
         made.append(row)
         dense.append(ravel(space.unpack(space.expand(row))))
-        given = cases.at(stacked, t), zero, before, jnp.bool_(True), jnp.int32(t), True
+        gradient = Gradient(cases.at(stacked, t), None)
+        given = gradient, zero, before, jnp.bool_(True), jnp.int32(t), True
         *_, rest, _ = space.feed(*given)
         difference = ravel(cases.at(stacked, t)) - float(scale) * dense[-1]
         rest = ravel(space.unpack(rest))

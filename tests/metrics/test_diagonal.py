@@ -234,22 +234,39 @@ def test_complex_leaves_have_one_moment_for_both_parts():
     np.testing.assert_allclose(
         np.exp(0.7j) * runs[0][0]["z"], runs[1][0]["z"], rtol=1e-5
     )
-    assert runs[0][1].metric.moments["z"].dtype == jnp.float32
+    assert runs[0][1].metric.moments["3x4"].dtype == jnp.float32
 
 
 def test_moments_have_the_shapes_and_the_dtype_that_are_documented():
     tx = efcp_jax.scale_by_ggt(3, metric=efcp_jax.diagonal_metric(dtype=jnp.bfloat16))
     _, state = aliases.run(tx, params(jnp.bfloat16), gradients(dtype=jnp.bfloat16))
     kept = state.metric.moments
-    assert kept["w"].rows.shape == (6,)
-    assert kept["w"].cols.shape == (4,)
-    assert kept["k"].rows.shape == (2, 3)
-    assert kept["v"].shape == (7,)
+    assert kept["6x4"].rows.shape == (1, 6)
+    assert kept["6x4"].cols.shape == (1, 4)
+    assert kept["2x3x5"].rows.shape == (1, 2, 3)
+    assert kept["7"].shape == (1, 7)
+    assert kept["1"].shape == (1,)
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
     assert state.metric.mean.dtype == jnp.float32
     report = efcp_jax.memory_report(tx, params())
     assert report.fields["metric.moments"] == 2 * (6 + 4 + 6 + 5 + 7 + 1)
     assert efcp_jax.scale_by_ggt(3).init(params()).metric is None
+
+
+def test_moments_of_leaves_that_are_alike_are_stacked_and_those_of_each():
+    history = [{**g, "w2": 3 * g["w"], "a": g["v"] + 1} for g in gradients()]
+    tree = jax.tree.map(jnp.zeros_like, history[0])
+    tx = efcp_jax.scale_by_ggt(3, metric=efcp_jax.diagonal_metric())
+    kept = aliases.run(tx, tree, history)[1].metric.moments
+    assert kept["6x4"].rows.shape == (2, 6)
+    for place, name in enumerate(["w", "w2"]):
+        alone = aliases.run(tx, {"x": tree[name]}, [{"x": g[name]} for g in history])
+        for both, one in zip(kept["6x4"], alone[1].metric.moments["6x4"], strict=True):
+            np.testing.assert_allclose(both[place], one[0], rtol=1e-6)
+    squares = [np.asarray(g["a"], np.float64) ** 2 for g in history]
+    weights = 0.95 ** np.arange(STEPS - 1, -1, -1.0)
+    expected = np.average(squares, axis=0, weights=weights)
+    np.testing.assert_allclose(kept["7"][0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tile_cases import Case
 
 import efcp_jax
 from efcp_jax import quantized
-from efcp_jax.devices.sections import reader
+from efcp_jax.devices.sections import piece_of
 from efcp_jax.passes import cpu
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.forms import Form
@@ -54,8 +54,8 @@ def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
     assert cpu.feeds(form, error, jnp.dtype("float32"))
 
     def run(error, leaves, accept, count):
-        sections = functools.partial(reader, leaves, jnp.dtype("float32"))
-        return cpu.feed(form, error, sections, accept, count)
+        pieces = [piece_of(leaf, jnp.dtype("float32")) for leaf in leaves]
+        return cpu.feed(form, error, pieces, accept, count)
 
     step = jnp.asarray(accept), jnp.int32(count)
     values, offsets, rest = jax.jit(run)(error, leaves, *step)
