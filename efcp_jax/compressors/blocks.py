@@ -1,8 +1,10 @@
-"""A tree of parameters as one array of blocks, `(blocks, size)`.
+"""A tree of parameters as one array of blocks, `(blocks, size)` or in tiles.
 
-The leaves are laid end to end and cut into blocks; the last block is padded with
-zeros. On several devices, leaves held by different numbers of devices start at
-separate blocks, so that equal blocks stay equal on all devices that hold them.
+The leaves are laid end to end and cut into large blocks, or into tiles of small ones,
+`(tiles, size, lanes)`, whose columns are the blocks: what is at one place of all blocks
+of a tile lies side by side. The last is padded with zeros. On several devices, leaves
+held by different numbers of devices start at separate blocks or tiles, so that equal
+ones stay equal on all devices that hold them.
 """
 
 import dataclasses
@@ -28,14 +30,16 @@ _MESH_BLOCK = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Where each leaf lies in the array of blocks: `count` on this device, of `size`.
+    """Where each leaf lies in the array of blocks of `size`.
 
-    Groups are the indices of their leaves and a number of blocks, and weights for each
-    block one over how many devices hold it, or None where every block is held once.
+    There are `count` tiles of `lanes` blocks on this device, or if None blocks. Groups
+    are the indices of their leaves and a number of those, and weights for each one over
+    how many devices hold it, or None where all are held once.
     """
 
     layout: Layout
     size: int
+    lanes: int | None
     count: int
     groups: tuple[tuple[tuple[int, ...], int], ...]
     weights: np.ndarray | None
@@ -43,11 +47,10 @@ class Blocks:
     counts = None
 
     @classmethod
-    def of(cls, layout: Layout, size: int | None, tile: int = 1) -> "Blocks":
+    def of(cls, layout: Layout, size: int | None, lanes: int | None = None) -> "Blocks":
         """Lay out leaves in blocks of `size`, or if None in the largest that there are.
 
-        The number of blocks of every device is a multiple of `tile`, or of itself if
-        there are fewer.
+        In tiles of as many as `lanes`, or of all blocks of the leaves if these are few.
         """
         members: dict[int, tuple[int, ...]] = {}
         for index in layout.order:
@@ -60,26 +63,37 @@ class Blocks:
         if size is None:
             size = -(-largest // ways)
             size = size if len(copies) == 1 else min(size, _MESH_BLOCK)
-        # A given size is cut down to the leaves, never to a device's share of them, so
-        # that data parallelism selects the same entries as one device.
-        size = _in_reach(min(size, largest))
-        counts = [-(-n // size) for n in totals]
-        share = _tiled(max(1, -(-sum(counts) // ways)), tile)
+        # Cut down to the leaves, never to a device's share of them, so that data
+        # parallelism selects the same entries as one device.
+        unit, *shape = _cut_down(largest, size, lanes)
+        counts = [-(-n // unit) for n in totals]
+        share = max(1, -(-sum(counts) // ways))
         if layout.chosen and any(leaf.axes for leaf in layout.leaves):
-            devices = layout.ways(layout.axes)
-            alike = (share * devices, size) == _on_one_device(layout, given, tile)
-            share = _tiled(share + 1, tile) if alike else share
-        # The last group takes the blocks that make the count divide among devices.
+            whole = max(1, sum(leaf.whole_size for leaf in layout.leaves))
+            alone, *alike = _cut_down(whole, given or whole, lanes)
+            count = share * layout.ways(layout.axes)
+            share += shape == alike and count == -(-whole // alone)
+        # The last group takes what makes the count divide among devices.
         counts[-1] += share * ways - sum(counts)
         # Not where it would be of ones: there may be millions of blocks.
         weights = np.repeat(1 / np.array(copies), counts) if copies != (1,) else None
         groups = tuple(zip(indices, counts, strict=True))
-        return cls(layout, size, share, groups, weights)
+        return cls(layout, *shape, share, groups, weights)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a vector."""
+        return (self.count, self.size, self.lanes or 1)[: 3 if self.lanes else 2]
+
+    @property
+    def unit(self) -> int:
+        """Entries of a tile, or of a block."""
+        return self.size * (self.lanes or 1)
 
     @property
     def flat(self) -> bool:
         """Whether leaves lie end to end, on one device, in reach of an index."""
-        return not self.layout.axes and self.count * self.size <= indexed()
+        return not self.layout.axes and self.count * self.unit <= indexed()
 
     @property
     def spec(self) -> PartitionSpec:
@@ -87,14 +101,14 @@ class Blocks:
         return PartitionSpec(self.layout.axes or None)
 
     def pack(self, tree: chex.ArrayTree) -> jax.Array:
-        """Return this device's blocks of `tree`, shape `(count, size)`."""
+        """Return this device's blocks of `tree`."""
         matrices = self.layout.matrices(tree)
         pieces = []
         for indices, count in self.groups:
             pieces += [matrices[i].reshape(-1) for i in indices]
             used = sum(self.layout.leaves[i].size for i in indices)
-            pieces.append(jnp.zeros(count * self.size - used, self.layout.dtype))
-        blocks = jnp.concatenate(pieces).reshape(-1, self.size)
+            pieces.append(jnp.zeros(count * self.unit - used, self.layout.dtype))
+        blocks = jnp.concatenate(pieces).reshape(-1, *self.shape[1:])
         return self.layout.own(blocks, axis=0)
 
     def unpack(self, vector: jax.Array) -> chex.ArrayTree:
@@ -109,7 +123,7 @@ class Blocks:
                 piece = lax.slice_in_dim(flat, offset, offset + leaf.size)
                 matrices[i] = piece.reshape(leaf.matrix_shape)
                 offset += leaf.size
-            start += count * self.size
+            start += count * self.unit
         return self.layout.tree([matrices[i] for i in range(len(matrices))])
 
     def accumulate(
@@ -126,11 +140,11 @@ class Blocks:
 
     def zero(self) -> jax.Array:
         """Return the zero vector."""
-        return jnp.zeros((self.count, self.size), self.layout.dtype)
+        return jnp.zeros(self.shape, self.layout.dtype)
 
     @property
     def shares(self) -> jax.Array | None:
-        """What a sum over all devices counts of each block here, or None for all."""
+        """What a sum over all devices counts of each block or tile, or None for all."""
         if self.weights is None:
             return None
         weights = jnp.asarray(self.weights, self.layout.dtype)
@@ -138,18 +152,11 @@ class Blocks:
         return self.layout.own(weights, axis=0)
 
 
-def _tiled(count: int, tile: int) -> int:
-    """Return `count` blocks filled up to whole tiles, which are of `tile` at most."""
-    return count + -count % min(tile, count)
-
-
-def _in_reach(size: int) -> int:
-    """Return the size of the equal parts that an index reaches across."""
-    return -(-size // -(-size // indexed()))
-
-
-def _on_one_device(layout: Layout, size: int | None, tile: int) -> tuple[int, int]:
-    """Return how many blocks one device alone would have, and their size."""
-    total = max(1, sum(leaf.whole_size for leaf in layout.leaves))
-    size = _in_reach(min(size or total, total))
-    return _tiled(-(-total // size), tile), size
+def _cut_down(
+    largest: int, size: int, lanes: int | None
+) -> tuple[int, int, int | None]:
+    """Return the entries of a tile, the size and the lanes for `largest` entries."""
+    size = min(size, largest)
+    size = -(-size // -(-size // indexed()))  # equal parts that an index reaches across
+    lanes = lanes and min(lanes, -(-largest // size))
+    return size * (lanes or 1), size, lanes

@@ -37,7 +37,7 @@ class SparseSpace(Blocks):
         return self.passes.storage
 
     def zeros(self) -> tuple[jax.Array, Stored, None]:  # noqa: D102
-        shape = self.passes.row_shape(self.count)
+        shape = self.passes.shape(self.count, self.passes.kept)
         return self.zero(), self.storage.zeros(shape), None
 
     def specs(self):  # noqa: D102
@@ -85,18 +85,18 @@ class SparseSpace(Blocks):
     def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
         values, offsets = self.storage.load(row, self.layout.dtype)
         if (shares := self.shares) is not None:
-            values = values * self.passes.from_blocks(shares[:, None])
+            values = values * _spread(shares, values)
         return self.passes.inner(window, SparseRow(values, offsets))
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:  # noqa: D102
         shares = self.shares
-        vector = vector if shares is None else vector * shares[:, None]
+        vector = vector if shares is None else vector * _spread(shares, vector)
         return self.passes.dot(window, vector)
 
     def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
-        one_run = [[self.count * self.size]]
+        one_run = [[self.count * self.unit]]
         (flat,) = self.passes.combine(window, coefficients, one_run)
-        return flat.reshape(-1, self.size)
+        return flat.reshape(self.shape)
 
     def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         if not self.flat:
@@ -129,15 +129,19 @@ class TopK:
             return each_leaf(dataclasses.replace(self, block_diagonal=False), layout)
         size = self.block_size
         small = size is not None and size <= LARGEST
-        blocks = Blocks.of(layout, size, LANES if small else 1)
+        blocks = Blocks.of(layout, size, LANES if small else None)
         if blocks.size <= LARGEST and not small:  # cut down to a small model
             blocks = Blocks.of(layout, blocks.size, LANES)
         kept = min(blocks.size, max(1, round(self.density * blocks.size)))
         dtype = jnp.dtype(self.value_dtype or layout.dtype)
         storage = Storage.of(dtype, blocks.size)
-        tile = min(LANES, blocks.count) if blocks.size <= LARGEST else None
-        form = Form(blocks.size, kept, storage, tile)
+        form = Form(blocks.size, kept, storage, blocks.lanes)
         return SparseSpace(**vars(blocks), passes=form)
+
+
+def _spread(shares: jax.Array, array: jax.Array) -> jax.Array:
+    """Return what there is for each tile or block as it is multiplied with `array`."""
+    return shares.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def top_k(
@@ -159,7 +163,9 @@ def top_k(
             cut into blocks of this many, and the selection is made in each block by
             itself: several times faster than over all parameters, with offsets of 1 or
             2 bytes up to 256 or 65,536. Up to 256 nothing is gathered or scattered, and
-            accelerators are fast as well; powers of two suit them best. None makes one
+            accelerators are fast as well; powers of two suit them best. A block of up
+            to 256 is not a run of entries: it is every 128th entry of a run of 128
+            blocks, or every n-th of the whole where there are only n. None makes one
             block of all parameters. Blocks larger than the model are cut down to it.
         value_dtype: Dtype of the stored values. None stores them in the working dtype
             (float32, or float64 for float64 parameters). `jnp.bfloat16` makes an entry

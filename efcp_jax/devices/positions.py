@@ -20,7 +20,7 @@ from efcp_jax.devices.spread import Description
 def of_blocks(blocks: Any) -> np.ndarray:
     """Return the positions of the entries of all `Blocks` of all devices.
 
-    In the leaves laid end to end; shape `(global blocks, size)`.
+    In the leaves laid end to end; in the shape of the vector of all devices.
     """
     layout: Layout = blocks.layout
     each, start = [], 0
@@ -35,8 +35,8 @@ def of_blocks(blocks: Any) -> np.ndarray:
         for indices, count in blocks.groups:
             pieces += [each[i](at).reshape(-1) for i in indices]
             used = sum(layout.leaves[i].size for i in indices)
-            pieces.append(np.full(count * blocks.size - used, -1))
-        rows = np.concatenate(pieces).reshape(-1, blocks.size)
+            pieces.append(np.full(count * blocks.unit - used, -1))
+        rows = np.concatenate(pieces).reshape(-1, *blocks.shape[1:])
         parts.append(_own(rows, layout, at))
     return np.concatenate(parts)
 

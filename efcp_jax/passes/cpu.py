@@ -27,7 +27,7 @@ from efcp_jax.passes.reference import residual as residual
 
 
 # Rounds of argmax that take less time than a bisection.
-_MOST_ARGMAX = 4
+_MOST_ARGMAX = 16
 
 # Entries of the window of one round. XLA spreads sums over cores from 128 thousand
 # entries on; scattered additions run on one core and are best inside its cache.
@@ -39,7 +39,7 @@ _FEWEST_ROUNDS = 8
 
 # Entries of a round of `feed`: XLA writes half precision several times slower in
 # smaller parts. A gradient of many leaves has as many branches as there are rounds.
-_ENTRIES = 1 << 20
+_ENTRIES = 1 << 18
 _MOST_ROUNDS = 64
 
 
@@ -62,9 +62,7 @@ def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
 
     def products(values: jax.Array, offsets: jax.Array, start: Any, chunk: int):
-        at = start * form.lanes
-        blocks = lax.dynamic_slice_in_dim(vector, at, chunk * form.lanes)
-        return values * form.taken(blocks.reshape(-1), offsets)
+        return values * form.taken(part(vector, start, chunk).reshape(-1), offsets)
 
     return _summed(form, window, products, vector.dtype)
 
@@ -112,62 +110,83 @@ def combine(
 def feeds(form: Any, error: Any, dtype: np.dtype) -> bool:
     """Return whether `feed` takes this error, and is worth it."""
     kept = jax.tree.leaves(error)[0]
-    units, chunk = _rounds(form, kept.shape)
-    narrow = kept.dtype.itemsize < 4 and dtype == jnp.float32
-    fits = chunk < units and kept.size <= indexed()
-    return narrow and fits and form.storage.values.name in COMMUTING
+    units, chunk, few = _rounds(form, kept.shape)
+    # Of large blocks only a narrow error, which else would be widened as a whole.
+    worth = few < chunk or kept.dtype.itemsize < 4
+    fits = chunk < units and kept.size <= indexed() and dtype == jnp.float32
+    return worth and fits and form.storage.values.name in COMMUTING
 
 
 def feed(
     form: Any, error: Any, pieces: Any, accept: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return rounded values and offsets of a row, and the error less them."""
-    blocks, size = jax.tree.leaves(error)[0].shape
-    lanes, (units, chunk) = form.lanes, _rounds(form, (blocks, size))
+    kept = jax.tree.leaves(error)[0]
+    units, chunk, few = _rounds(form, kept.shape)
     # The last round begins early enough to be as long as the others: another length
     # would be another program, whose gradient is read ahead.
     firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
-    read = reader(pieces, [lanes * size * i for i in firsts], lanes * size * chunk)
+    unit = form.size * form.lanes
+    read = reader(pieces, [unit * i for i in firsts], unit * chunk)
 
-    def step(i: jax.Array, carry: Any) -> Any:
-        start = jnp.minimum(i * chunk, units - chunk)
-
-        def fresh(array: jax.Array) -> jax.Array:
-            """Return for each line whether it is of this round, not of the last."""
-            line = jnp.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
-            return line >= (i * chunk - start) * (len(array) // chunk)
-
-        old = part(carry[0], start * lanes, chunk * lanes)
+    def step(j: jax.Array, carry: Any, i: jax.Array, gradient: jax.Array) -> Any:
+        within = j * few
+        start = jnp.minimum(i * chunk, units - chunk) + within
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, few)
+        old = lax.optimization_barrier(jax.tree.map(cut, carry[0]))
         before = quantized.load(old, jnp.float32)
-        new = fresh(before) & accept
-        gradient = jnp.where(new, read(i).reshape(-1, size), 0)
-        total = saturate(before + gradient, jnp.float32)
+        shape = few, *[1] * (before.ndim - 1)
+        # Those of the round before are left as they are.
+        fresh = (start + jnp.arange(few) >= i * chunk).reshape(shape)
+        new = fresh & accept
+        added = part(gradient, within, few).reshape(before.shape)
+        total = saturate(before + jnp.where(new, added, 0), jnp.float32)
+        total = lax.optimization_barrier(total)
         values, offsets = form.select(total)
         # A scale for the row can be found behind the last round.
         values = _near(form.storage, values, offsets)
-        left = jnp.where(fresh(values) & accept, values, 0)
-        rest = form.residual(total, left, offsets)
-        rest = quantized.store(rest, old, new, count, start * lanes)
-        # Computed on all cores before it is written, which is done on one.
-        rest = lax.optimization_barrier(rest)
-
-        def write(array: jax.Array, x: jax.Array) -> jax.Array:
-            at = start * (len(x) // chunk)
-            return lax.dynamic_update_slice_in_dim(array, x, at, axis=0)
+        rest = _less(form, total, jnp.where(new, values, 0), offsets)
+        rest = quantized.store(rest, old, new, count, start)
+        if few == chunk:
+            # Computed on all cores before it is written, which is done on one.
+            rest = lax.optimization_barrier(rest)
+        write = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis=0)
 
         def fill(row: jax.Array, x: jax.Array) -> jax.Array:
-            held = lax.dynamic_slice_in_dim(row, start, len(x))
-            return write(row, jnp.where(fresh(x), x, held))
+            held = lax.dynamic_slice_in_dim(row, start, few)
+            return write(row, jnp.where(fresh, x, held))
 
         error, *row = carry
-        error = jax.tree.map(write, error, rest)
-        return error, *map(fill, row, (values, offsets))
+        return jax.tree.map(write, error, rest), *map(fill, row, (values, offsets))
 
-    shape = form.row_shape(blocks)
+    def round_(i: jax.Array, carry: Any) -> Any:
+        gradient = read(i).reshape(chunk, -1)
+        one = lambda j, carry: step(j, carry, i, gradient)
+        return lax.fori_loop(0, chunk // few, one, carry)
+
+    shape = form.shape(units, form.kept)
     row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     start = vary_like((error, accept), (error, *row))
-    error, *row = lax.fori_loop(0, len(firsts), step, start)
+    error, *row = lax.fori_loop(0, len(firsts), round_, start)
     return *row, error
+
+
+def _few(form: Any) -> bool:
+    """Return whether rounds over one tile after the other are fastest."""
+    return form.tile is not None and form.kept <= _MOST_ARGMAX
+
+
+def _less(form: Any, tile: jax.Array, values: jax.Array, offsets: jax.Array) -> Any:
+    """Return what `residual` does; of a tile, which comparisons leave in the cache."""
+    if not _few(form):
+        return residual(form, tile, values, offsets)
+    # XLA would find them anew for every entry.
+    values, offsets = lax.optimization_barrier((values, offsets))
+    places = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+    for i in range(form.kept):
+        here = places == offsets[:, i : i + 1]
+        tile -= jnp.where(here, values[:, i : i + 1], 0)
+    return tile
 
 
 def _near(storage: Storage, values: jax.Array, offsets: jax.Array) -> jax.Array:
@@ -177,9 +196,9 @@ def _near(storage: Storage, values: jax.Array, offsets: jax.Array) -> jax.Array:
     return saturate(values, storage.values).astype(jnp.float32)
 
 
-def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return how many units of `form.lanes` blocks there are, and those of a round."""
-    blocks, size = shape
-    units = blocks // form.lanes
-    chunk = max(1, _ENTRIES // (form.lanes * size), -(-units // _MOST_ROUNDS))
-    return units, min(chunk, units)
+def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return how many units of a vector there are, and those of a round and a step."""
+    units = shape[0]
+    unit = form.size * form.lanes
+    chunk = min(max(1, _ENTRIES // unit, -(-units // _MOST_ROUNDS)), units)
+    return units, chunk, 1 if _few(form) else chunk

@@ -1,11 +1,11 @@
 """What the passes over sparse rows mean; each platform computes them in its own form.
 
-The vector is `(blocks, size)`. Small blocks lie side by side in tiles: entry number $i$
-of 128 blocks is one line of a tile, which is what a TPU or GPU loads, compares and
-multiplies at once. A row is `(tiles, k, lanes)` values and offsets, a window of m rows
-`(tiles, m k, lanes)`, with `blocks = tiles * lanes`. Entries of blocks of more than 256
-entries are `(blocks, k)` and `(blocks, m k)`. No float is added in an order that is
-left open.
+Small blocks lie side by side in tiles: entry number $i$ of 128 blocks is one line of a
+tile, which is what a processor loads, compares and multiplies at once. The vector is
+`(tiles, size, lanes)`, a row `(tiles, k, lanes)` values and offsets, a window of m rows
+`(tiles, m k, lanes)`. Of blocks of more than 256 entries they are `(blocks, size)`,
+`(blocks, k)` and `(blocks, m k)`: what is of one block lies along axis 1 in both. No
+float is added in an order that is left open.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,21 +52,12 @@ class Form:
         """Blocks that lie side by side."""
         return self.tile or 1
 
-    def row_shape(self, count: int) -> tuple[int, ...]:
-        """Return the shape of the entries of a row of `count` blocks."""
-        return (count // self.lanes, self.kept, self.lanes)[: 3 if self.tile else 2]
+    def shape(self, count: int, entries: int) -> tuple[int, ...]:
+        """Return the shape of so many `entries` of each block, in `count` units.
 
-    def blocks(self, entries: Any) -> Any:
-        """Return entries as they lie in a row or window as `(blocks, n)`."""
-        turned = entries.swapaxes(1, 2) if self.tile else entries
-        return turned.reshape(-1, entries.shape[1])
-
-    def from_blocks(self, entries: Any) -> Any:
-        """Return entries `(blocks, ...)` as they lie in a row or window."""
-        if not self.tile:
-            return entries.reshape(len(entries), -1)
-        tiles = entries.reshape(len(entries) // self.tile, self.tile, -1)
-        return tiles.swapaxes(1, 2)
+        A unit is a tile, or a block where there are no tiles.
+        """
+        return (count, entries, self.lanes)[: 3 if self.tile else 2]
 
     def per_entry(self, weights: jax.Array) -> jax.Array:
         """Return the weights of rows for each entry of a window, `(1, m k, 1)`."""
@@ -74,23 +65,25 @@ class Form:
         return line[:, :, None] if self.tile else line
 
     def positions(self, offsets: jax.Array) -> jax.Array:
-        """Return offsets counted from the first of the blocks that they are of.
+        """Return where entries lie, counted from the first of the tiles they are of.
 
         They are unsigned, so that indexing looks for no negative ones.
         """
         offsets = offsets.astype(jnp.uint32)
-        blocks = offsets.size // offsets.shape[1]
-        if blocks == 1:
+        units, lanes = len(offsets), self.lanes
+        if units * lanes == 1:
             return offsets
-        first = jnp.arange(blocks, dtype=jnp.uint32) * self.size
-        return offsets + self.from_blocks(first[:, None])
+        first = jnp.arange(units, dtype=jnp.uint32) * (self.size * lanes)
+        lane = jnp.arange(lanes, dtype=jnp.uint32)
+        first = first[:, None] + lane[None]
+        return offsets * lanes + first.reshape(self.shape(units, 1))
 
     def taken(self, vector: jax.Array, offsets: jax.Array) -> jax.Array:
-        """Return the entries at `offsets` of blocks laid end to end."""
+        """Return the entries at `offsets` of a vector laid flat."""
         return vector.at[self.positions(offsets)].get(mode="promise_in_bounds")
 
     def place(self, values: jax.Array, offsets: jax.Array) -> jax.Array:
-        """Return zeros with the entries of a row added, laid end to end."""
+        """Return zeros with the entries of a row added, a vector laid flat."""
         zeros = jnp.zeros(values.size // values.shape[1] * self.size, values.dtype)
         # Entries of a row lie at places of their own, or are zeros: not written.
         return zeros.at[self.positions(offsets)].add(
@@ -192,7 +185,8 @@ class Form:
             made, plain = run(*primals), form(reference)
             if name == "select":
                 # Which entries are largest is a constant, but where two are equal.
-                plain = lambda vector: reference.take(self, vector, made[1])
+                take = functools.partial(jnp.take_along_axis, axis=1)
+                plain = lambda vector: (take(vector, made[1]), made[1])
             return made, jax.jvp(plain, primals, tangents)[1]
 
         return run(*arrays)

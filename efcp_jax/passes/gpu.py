@@ -156,8 +156,7 @@ def by_digits(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
 
 
 def _spread(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Return the blocks `(blocks, size)` that entries add up to, by comparison."""
-    at = lax.broadcasted_iota(offsets.dtype, (1, 1, 1, form.size), 3)
-    here = offsets[..., None] == at
-    blocks = jnp.sum(jnp.where(here, values[..., None], 0), axis=1)
-    return blocks.reshape(-1, form.size)
+    """Return the vector in tiles that entries add up to, by comparison."""
+    at = lax.broadcasted_iota(offsets.dtype, (1, 1, form.size, 1), 2)
+    here = offsets[:, :, None] == at
+    return jnp.sum(jnp.where(here, values[:, :, None], 0), axis=1)

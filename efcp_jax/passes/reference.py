@@ -17,22 +17,17 @@ def select(form: Any, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the entries of largest magnitude of every block."""
     order = jnp.argsort(-magnitudes(vector), axis=1, stable=True)
     offsets = jnp.sort(order[:, : form.kept], axis=1).astype(jnp.int32)
-    return take(form, vector, form.from_blocks(offsets))
-
-
-def take(form: Any, vector: jax.Array, offsets: jax.Array) -> tuple[Any, Any]:
-    """Return the values of `vector` at `offsets` of a row, and `offsets`."""
-    values = jnp.take_along_axis(vector, form.blocks(offsets), axis=1)
-    return form.from_blocks(values), offsets
+    return jnp.take_along_axis(vector, offsets, axis=1), offsets
 
 
 def residual(
     form: Any, vector: jax.Array, values: jax.Array, offsets: jax.Array
 ) -> jax.Array:
     """Return `vector` less the `values` at their places, which are of one row."""
+    del form
     # In reach: nothing is compared with the ends of a block.
-    return _at(form, vector, offsets).add(
-        -form.blocks(values), mode="promise_in_bounds", unique_indices=True
+    return _at(vector, offsets).add(
+        -values, mode="promise_in_bounds", unique_indices=True
     )
 
 
@@ -43,10 +38,10 @@ def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
 
 def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     """Return the inner products of the rows of `window` with a vector."""
-    values, offsets = map(form.blocks, form.storage.load(window, vector.dtype))
+    values, offsets = form.storage.load(window, vector.dtype)
     places = offsets.astype(jnp.uint32)
     taken = jnp.take_along_axis(vector, places, axis=1, mode="promise_in_bounds")
-    products = (values * taken).reshape(len(vector), -1, form.kept)
+    products = (values * taken).reshape(len(vector), -1, form.kept * form.lanes)
     return jnp.sum(products, axis=(0, 2))
 
 
@@ -66,11 +61,12 @@ def cut(blocks: jax.Array, runs: Any) -> list[jax.Array]:
 
 def _scatter(form: Any, values: jax.Array, offsets: jax.Array) -> jax.Array:
     """Return the blocks that entries add up to."""
-    zeros = jnp.zeros((values.size // values.shape[1], form.size), values.dtype)
-    return _at(form, zeros, offsets).add(form.blocks(values))
+    zeros = jnp.zeros(form.shape(len(values), form.size), values.dtype)
+    return _at(zeros, offsets).add(values)
 
 
-def _at(form: Any, vector: jax.Array, offsets: jax.Array) -> Any:
+def _at(vector: jax.Array, offsets: jax.Array) -> Any:
     # Of signed integers: TPUs scatter by unsigned ones with a copy of the vector more.
-    block = jnp.arange(len(vector), dtype=jnp.int32)[:, None]
-    return vector.at[block, form.blocks(offsets).astype(jnp.int32)]
+    index = [*jnp.indices(offsets.shape, jnp.int32, sparse=True)]
+    index[1] = offsets.astype(jnp.int32)
+    return vector.at[tuple(index)]

@@ -51,7 +51,7 @@ def dot(form: Any, window: Stored, vector: jax.Array) -> jax.Array:
     values, offsets = form.storage.load(window, vector.dtype)
     places = lax.broadcasted_iota(offsets.dtype, (1, 1, form.size, 1), 2)
     here = offsets[:, :, None] == places
-    at = jnp.sum(jnp.where(here, form.from_blocks(vector)[:, None], 0), axis=2)
+    at = jnp.sum(jnp.where(here, vector[:, None], 0), axis=2)
     return gpu.by_row(form, values * at)
 
 
@@ -128,8 +128,7 @@ def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
     line = min(lines.shape[2], _COMBINE)
     own = group if scaled else 1
     each = pl.BlockSpec((own, 1, line), lambda i, j: (i if scaled else 0, 0, j))
-    shape = (tiles * LANES, size) if size % LANES == 0 else (size, tiles * LANES)
-    total = layout.launch(
+    return layout.launch(
         _adding(size, form.kept, entries),
         *(*window[:2], lines),
         main=[0, 1],
@@ -137,11 +136,10 @@ def _combine(form: Any, window: Any, weights: jax.Array) -> jax.Array:
         order=("arbitrary",),
         grid=(-(-tiles // group), -(-entries // held)),
         in_specs=[part, part, each],
-        out_specs=layout.vector_spec(group, size),
-        out_shape=varying_struct(shape, jnp.float32, window.values),
+        out_specs=layout.spec(group, size),
+        out_shape=varying_struct((tiles, size, LANES), jnp.float32, window.values),
         scratch_shapes=[pltpu.VMEM((line, LANES), jnp.float32)],
     )
-    return layout.turn(total, size)
 
 
 def _adding(size: int, kept: int, entries: int) -> Any:
@@ -178,8 +176,7 @@ def _adding(size: int, kept: int, entries: int) -> Any:
             if rest:
                 end = lambda _, total: add(first_of_rest, rest, total)
                 total = lax.fori_loop(0, last, end, total)
-            before = layout.read(out, t, size, low, high)
-            layout.write(out, t, size, before + total, low)
+            out[t, low:high, :] += total
 
         def tile(t, _):
             if weights.shape[0] > 1:

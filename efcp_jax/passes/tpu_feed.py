@@ -28,11 +28,8 @@ _UNROLLED = 4
 
 def feeds(form: Any, error: Any) -> bool:
     """Return whether `feed` takes this error."""
-    if isinstance(error, Quantized):
-        # Bytes are turned where the entries of a block fill lanes.
-        fits = form.size % LANES == 0
-    else:
-        fits = error.dtype.name in ("float32", "bfloat16")
+    in_bytes = isinstance(error, Quantized)
+    fits = in_bytes or error.dtype.name in ("float32", "bfloat16")
     commutes = form.storage.values.name in COMMUTING
     return fits and commutes and layout.fits(form, jnp.float32)
 
@@ -44,22 +41,22 @@ def feed(
 
     A scale for the row can be found behind this pass.
     """
-    size, kept, tiles = form.size, form.kept, len(gradient) // LANES
+    size, kept, tiles = form.size, form.kept, len(gradient)
     group = layout.group(tiles, 12 * size + 8 * kept)
-    vector = layout.vector_spec(group, size)
-    row = pl.BlockSpec((group, kept, LANES), lambda i: (i, 0, 0))
+    vector, row = layout.spec(group, size), layout.spec(group, kept)
     scalar = pl.BlockSpec((1, 1), lambda i: (0, 0), memory_space=pltpu.SMEM)
-    unit = pl.BlockSpec((group, 1, LANES), lambda i: (i, 0, 0))
-    kept_as, *units = jax.tree.leaves(error)
-    units = [x.astype(jnp.float32).reshape(-1, 1, LANES) for x in units]
-    errors = [layout.turn(kept_as, size), *units]
-    specs = [vector, unit][: len(errors)]
+    values, *units = jax.tree.leaves(error)
+    lines = [layout.lines(x.astype(jnp.float32)[:, :, 0]) for x in units]
+    errors, specs = [values, *lines], [vector]
+    if units:
+        line = lines[0].shape[2]
+        specs.append(pl.BlockSpec((group, 1, line), lambda i: (i, 0, 0)))
     like = lambda shape, dtype: varying_struct(shape, dtype, gradient)
-    row_shape = form.row_shape(len(gradient))
+    row_shape = form.shape(tiles, kept)
     one = lambda x: x.astype(jnp.int32).reshape(1, 1)
-    values, offsets, left, *units = layout.launch(
+    values, offsets, left, *lines = layout.launch(
         _feeding(form, len(errors)),
-        *(one(accept), one(count), layout.turn(gradient, size), *errors),
+        *(one(accept), one(count), gradient, *errors),
         main=[3],
         grid=(-(-tiles // group),),
         in_specs=[scalar, scalar, vector, *specs],
@@ -70,9 +67,9 @@ def feed(
         ],
         input_output_aliases={3 + i: 2 + i for i in range(len(errors))},
     )
-    left = layout.turn(left, size)
     if units:
-        left = Quantized(left, units[0].reshape(-1, 1).astype(jnp.bfloat16))
+        units = lines[0][:, 0, :size, None].astype(jnp.bfloat16)
+        left = Quantized(left, units)
     return values, offsets, left
 
 
@@ -86,17 +83,20 @@ def _feeding(form: Any, arrays: int) -> Callable[..., None]:
         first = pl.program_id(0) * row[0].shape[0]
 
         def tile(t, _):
-            stored = old = layout.read(before[0], t, size)
+            stored = old = layout.floats(before[0][t])
             if in_bytes:
-                old *= before[1][t]
-            total = saturate(old + layout.read(gradient, t, size), jnp.float32)
+                old *= layout.column(before[1][t])[:size]
+            total = saturate(old + gradient[t], jnp.float32)
             total = jnp.where(accepted, total, old)
             rounded = _rounding(total, form.storage.values)
             left = total - _pick(total, form.kept, rounded, t, *row)
             if in_bytes:
                 left, unit = _in_bytes(left, first + t, count[0, 0])
+                unit = layout.line(unit, after[1].shape[2])
                 after[1][t] = jnp.where(accepted, unit, before[1][t])
-            layout.write(after[0], t, size, jnp.where(accepted, left, stored))
+            left = jnp.where(accepted, left, stored)
+            whole = lambda: left.astype(jnp.int32).astype(jnp.int8)
+            after[0][t] = whole() if in_bytes else saturate(left, after[0].dtype)
             return 0
 
         lax.fori_loop(0, row[0].shape[0], tile, 0)
@@ -153,9 +153,9 @@ def _rounding(tile: jax.Array, dtype: np.dtype) -> Callable[[jax.Array], jax.Arr
 
 def _in_bytes(left: jax.Array, number: Any, count: Any) -> tuple[jax.Array, jax.Array]:
     """Return tile `number` of an error as `quantized.store` keeps it: values, units."""
-    peak = jnp.max(jnp.abs(left), axis=0, keepdims=True)
+    peak = jnp.max(jnp.abs(left), axis=1, keepdims=True)
     one, exponent = jnp.ones_like(peak), exponents(peak)
     scaled = left * jnp.ldexp(one, -exponent)
-    block = number * LANES + lax.broadcasted_iota(jnp.int32, left.shape, 1)
-    at = block * len(left) + lax.broadcasted_iota(jnp.int32, left.shape, 0)
+    line = number * len(left) + lax.broadcasted_iota(jnp.int32, left.shape, 0)
+    at = line * LANES + lax.broadcasted_iota(jnp.int32, left.shape, 1)
     return at_random(scaled, hashed(at, count)), jnp.ldexp(one, exponent)

@@ -1,9 +1,7 @@
-"""Vectors in tiles of 128 blocks, as kernels for TPUs read and write them.
+"""Tiles of 128 blocks, as kernels for TPUs read and write them.
 
-Inside a kernel the blocks of a tile lie on lanes and the entries of a block on
-sublanes, so that maxima over entries and comparisons work on whole registers. Vectors
-come as XLA stores them: if the entries of a block fill lanes, they lie there and are
-transposed in fast memory; else blocks are there already.
+The blocks of a tile lie on lanes and the entries of a block on sublanes, so that maxima
+over entries and comparisons work on whole registers.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from efcp_jax.experimental import pl, pltpu
-from efcp_jax.numerics import saturate
 
 
-# Lanes of a register: blocks of a tile, and entries that are transposed at a time.
+# Lanes of a register: blocks of a tile.
 LANES = 128
 
 # About how many bytes a program reads and writes; twice as many are held. Much less
@@ -77,40 +74,9 @@ def launch(
     return (narrow if interpret else run)(*operands)
 
 
-def turn(vector: jax.Array, size: int) -> jax.Array:
-    """Return `vector`, `(blocks, size)`, as kernels read it, or the reverse."""
-    # XLA stores it so that this moves nothing.
-    return vector if size % LANES == 0 else vector.T
-
-
-def vector_spec(group: int, size: int) -> Any:
-    """Return the part of a vector that a program takes: `group` tiles."""
-    if size % LANES == 0:
-        return pl.BlockSpec((group * LANES, size), lambda i, *_: (i, 0))
-    return pl.BlockSpec((size, group * LANES), lambda i, *_: (0, i))
-
-
-def read(ref: Any, t: Any, size: int, low: int = 0, high: int | None = None):
-    """Return entries from `low` to `high` of tile `t` of a vector, on sublanes."""
-    # Floats of 32 bits, as which everything is turned.
-    entries = ref[_at(t, size, low, high)].astype(jnp.float32)
-    return entries.T if size % LANES == 0 else entries
-
-
-def write(ref: Any, t: Any, size: int, entries: jax.Array, low: int = 0):
-    """Write what `read` returns, in the dtype of the vector."""
-    at = _at(t, size, low, low + len(entries))
-    entries = entries.T if size % LANES == 0 else entries
-    if ref.dtype == jnp.int8:
-        ref[at] = entries.astype(jnp.int32).astype(jnp.int8)
-    else:
-        ref[at] = saturate(entries, ref.dtype)
-
-
-def _at(t: Any, size: int, low: int, high: int | None) -> tuple[Any, Any]:
-    blocks = pl.ds(pl.multiple_of(t * LANES, LANES), LANES)
-    entries = slice(low, high)
-    return (blocks, entries) if size % LANES == 0 else (entries, blocks)
+def spec(group: int, entries: int) -> Any:
+    """Return the part of an array that a program takes: `group` tiles."""
+    return pl.BlockSpec((group, entries, LANES), lambda i, *_: (i, 0, 0))
 
 
 def floats(values: jax.Array) -> jax.Array:
@@ -131,3 +97,10 @@ def lines(scales: jax.Array) -> jax.Array:
 def column(line: jax.Array) -> jax.Array:
     """Return a line of numbers, `(1, n)`, on sublanes, `(n, 128)`."""
     return jnp.broadcast_to(line, (LANES, line.shape[1])).T
+
+
+def line(numbers: jax.Array, width: int) -> jax.Array:
+    """Return a number for each entry, `(n, 1)`, on lanes, `(1, width)`."""
+    spread = jnp.broadcast_to(numbers, (len(numbers), LANES))
+    filled = jnp.pad(spread, ((0, width - len(numbers)), (0, 0)))
+    return filled.T[:1]

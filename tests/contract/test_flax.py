@@ -18,13 +18,13 @@ import efcp_jax
 every_alias = pytest.mark.parametrize("name", aliases.STRUCTURE)
 SPEC = jax.P("x")
 STEPS = 3
-BLOCK = 8
+BLOCK, TILE = 2, 256
 
 
 def params(seed=0):
-    """Return parameters whose shards on four devices are whole blocks."""
+    """Return parameters whose shards on four devices are whole tiles."""
     rng = np.random.default_rng(seed)
-    shapes = {"bias": (4 * BLOCK,), "kernel": (4, BLOCK)}
+    shapes = {"bias": (4 * TILE,), "kernel": (4, TILE)}
     return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
 
 

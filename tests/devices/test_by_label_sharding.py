@@ -94,10 +94,10 @@ def test_shardings_of_the_state_and_one_sum_for_all_parts():
 
 @pytest.mark.parametrize(("before", "after"), [(8, 4), (4, 1), (1, 8)])
 def test_a_state_moves_to_other_devices_and_goes_on(before, after):
-    # Blocks of one row of 8, so that they are the same however rows are divided.
     specs = {"b": P("x"), "k": P(None, "x"), "w": P("x")}
+    # Of sharded leaves other blocks are cut, so all entries are kept.
     compressor = by_label(
-        {"matrix": low_rank(2), "table": top_k(0.25, block_size=8), "rest": identity()},
+        {"matrix": low_rank(2), "table": top_k(1.0, block_size=8), "rest": identity()},
         LABELS,
     )
     tx = efcp_jax.scale_by_mfac(cases.WINDOW, 0.1, compressor=compressor)

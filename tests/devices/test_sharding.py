@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
+import oracles
 import pytest
 import sharding_cases as cases
 
@@ -59,6 +60,32 @@ def test_many_devices_give_the_numbers_of_one(placing, alias, kind):
         spec = P(None, *where.specs[name])
         expected = NamedSharding(where.make_mesh(kind), spec)
         assert update.sharding.is_equivalent_to(expected, update.ndim)
+
+
+@pytest.mark.parametrize("error_dtype", [jnp.float32, jnp.int8])
+def test_blocks_that_are_fewer_than_devices_have_lanes_are_those_of_one(error_dtype):
+    """Twenty blocks are one tile, which one of the devices has."""
+    model, generator = {"w": np.zeros((20, 128), np.float32)}, np.random.default_rng(0)
+    normal = generator.normal(size=(cases.STEPS, 20, 128))
+    stacked = {"w": normal.astype(np.float32)}
+    tx = efcp_jax.sparse_mfac(
+        1.0, cases.WINDOW, 2 / 128, 0.1, block_size=128, error_dtype=error_dtype
+    )
+    run = jax.jit(functools.partial(cases.train, tx))
+    alone, before = run(model, stacked)
+    where = cases.Placing({"x": 8}, {"w": P()})
+    mesh = where.make_mesh()
+    with jax.set_mesh(mesh):
+        on = lambda tree: jax.device_put(tree, {"w": NamedSharding(mesh, P())})
+        found, state = run(on(model), on(stacked))
+    assert cases.worst(cases.vectors(found), cases.vectors(alone)) < TOLERANCE
+    kept = lambda state: (state[0].window.rows.offsets, state[0].error)
+    each = (jax.tree.leaves(jax.device_get(kept(x))) for x in (state, before))
+    pairs = zip(*each, strict=True)
+    for mine, its in pairs:
+        assert mine.shape == (8, *its.shape[1:])
+        np.testing.assert_array_equal(mine[:1], its)
+    assert np.any(state[0].window.rows.values)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
@@ -128,8 +155,9 @@ def test_a_step_sums_m_numbers_and_gathers_only_over_idle_axes(placing, compress
             ways = math.prod(where.mesh[axis] for axis in where.idle)
             total = sum(map(math.prod, shapes.values()))
             local = total * ways // math.prod(where.mesh.values())
-            # Whole blocks on every device; a dense row has no blocks to keep whole.
-            unit = ways * (1 if compressor.lossless else cases.BLOCK)
+            # Whole tiles on every device; a dense row has no blocks to keep whole.
+            tile = cases.BLOCK * oracles.lanes_of(local, cases.BLOCK)
+            unit = ways * (1 if compressor.lossless else tile)
             expected.append(("all-gather", -(-local // unit) * unit))
         assert found == expected
 
@@ -187,7 +215,7 @@ def state_bytes(placing: cases.Placing, tx, shape) -> dict[str, int]:
     "compressor",
     [
         efcp_jax.identity(value_dtype=jnp.bfloat16),
-        efcp_jax.top_k(0.1, block_size=64),
+        efcp_jax.top_k(0.25, block_size=4),  # eight tiles
         efcp_jax.low_rank(2),
     ],
     ids=["identity", "top_k", "low_rank"],

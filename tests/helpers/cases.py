@@ -259,7 +259,8 @@ def oracle_compressor(name: str) -> Any:
     """Return the oracle of the compressor called `name`, a function of a vector."""
     if name in IDENTITY:
         return lambda vector: oracles.rounded(vector, IDENTITY[name].get("value_dtype"))
-    return lambda vector: oracles.top_k(vector, **TOP_K[name])
+    lanes = 1 if "words" in name else None
+    return lambda vector: oracles.top_k(vector, **TOP_K[name], lanes=lanes)
 
 
 def parts(name: str) -> list[slice]:

@@ -52,13 +52,29 @@ def quantised(vector, size, dtype) -> np.ndarray:
     return result
 
 
-def top_k(vector, density, block_size=None, value_dtype=None) -> np.ndarray:
+def lanes_of(length, size) -> int:
+    """Return how many blocks share a run of entries: up to 128 small ones."""
+    return min(128, -(-length // size)) if size <= 256 else 1
+
+
+def blocks(length, size, lanes=None) -> list[range]:
+    """Return where the entries of each block lie in a vector of `length`.
+
+    The blocks of a run take an entry each in turn, as columns of a matrix do.
+    """
+    lanes, found = lanes or lanes_of(length, size), []
+    for start in range(0, length, size * lanes):
+        end = min(start + size * lanes, length)
+        found += [range(first, end, lanes) for first in range(start, start + lanes)]
+    return found
+
+
+def top_k(vector, density, block_size=None, value_dtype=None, lanes=None) -> np.ndarray:
     """Keep the largest entries of each block, one block and one entry at a time."""
     size = min(block_size or len(vector), len(vector))
     kept = max(1, round(density * size))
     result = np.zeros_like(vector)
-    for start in range(0, len(vector), size):
-        block = range(start, min(start + size, len(vector)))
+    for block in blocks(len(vector), size, lanes):
         for i in sorted(block, key=lambda i: (-abs(vector[i]), i))[:kept]:
             result[i] = vector[i]
     if value_dtype is not None and np.dtype(value_dtype).itemsize == 1:

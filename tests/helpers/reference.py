@@ -14,6 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 
 import efcp_jax
 
@@ -183,8 +184,7 @@ def _illegal(structure, total, row, error) -> str | None:
     kept = max(1, round(given.get("density", 1.0) * block))
     # Values far below the largest may fall under the smallest of a narrow dtype.
     tiny = 1e-7 * float(np.max(np.abs(total)))
-    for start in range(0, len(row), block):
-        part = slice(start, start + block)
+    for part in map(list, oracles.blocks(len(row), block)):
         chosen = np.abs(row[part]) > 0
         off = np.abs(error[part][chosen])
         if np.sum(chosen) > kept:

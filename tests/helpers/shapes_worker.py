@@ -43,12 +43,11 @@ def passes(module, shape, dtype):
     tiles, lanes, size, kept, rows = shape
     form = Form(size, kept, Storage.of(jnp.dtype(dtype), size), lanes)
     struct = jax.ShapeDtypeStruct
-    blocks = tiles * lanes
-    vector = struct((blocks, size), jnp.float32)
-    entry = jax.eval_shape(lambda: form.storage.zeros(form.row_shape(blocks)))
+    vector = struct((tiles, size, lanes), jnp.float32)
+    entry = jax.eval_shape(lambda: form.storage.zeros(form.shape(tiles, kept)))
     longer = lambda x: struct((x.shape[0], rows * x.shape[1], *x.shape[2:]), x.dtype)
     window = jax.tree.map(longer, entry)
-    values = struct(form.row_shape(blocks), jnp.float32)
+    values = struct(form.shape(tiles, kept), jnp.float32)
     row = SparseRow(values, entry.offsets)
     weights = struct((rows,), jnp.float32)
     given = lambda name: functools.partial(getattr(module, name), form)
@@ -57,11 +56,11 @@ def passes(module, shape, dtype):
     yield "residual", residual, (vector, row)
     yield "inner", given("inner"), (window, row)
     # The last leaf ends inside of a block.
-    total = max(1, blocks * size - 3)
+    total = max(1, tiles * lanes * size - 3)
     combine = functools.partial(given("combine"), runs=((total,),))
     yield "combine", combine, (window, weights)
     yield "dot", given("dot"), (window, vector)
-    units = struct((blocks, 1), jnp.bfloat16)
+    units = struct((tiles, size, 1), jnp.bfloat16)
     for error in (vector, Quantized(struct(vector.shape, jnp.int8), units)):
         if module is tpu and tpu.feeds(form, error):
             step = struct((), jnp.bool_), struct((), jnp.int32)

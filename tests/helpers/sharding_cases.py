@@ -170,8 +170,10 @@ def oracle(alias: str, placing: Placing, stacked: Any) -> list[np.ndarray]:
 
         def compress(vector):
             result = np.zeros_like(vector)
-            for run in placing.segments():
-                result[run] = oracles.top_k(vector[run], DENSITY, BLOCK)
+            runs = placing.segments()
+            lanes = oracles.lanes_of(max(map(len, runs)), BLOCK)
+            for run in runs:
+                result[run] = oracles.top_k(vector[run], DENSITY, BLOCK, None, lanes)
             return result
 
         rows, _ = oracles.with_feedback(compress, rows)

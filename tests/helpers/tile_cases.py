@@ -51,24 +51,18 @@ def form(case, dtype="float32"):
     return Form(case.size, case.kept, storage, case.lanes)
 
 
-def blocks_of(entries):
-    """Return entries `(tiles, n, lanes)` as `(blocks, n)`."""
-    entries = np.asarray(entries)
-    return entries.transpose(0, 2, 1).reshape(-1, entries.shape[1])
-
-
-def tiles_of(blocks, lanes):
-    """Return entries `(blocks, n)` as `(tiles, n, lanes)`."""
-    return blocks.reshape(-1, lanes, blocks.shape[1]).transpose(0, 2, 1)
+def each_block(case, values):
+    """Return what there is for each block, in order, as a vector is multiplied."""
+    return np.asarray(values).reshape(case.tiles, 1, case.lanes)
 
 
 def vector(case, seed=0):
-    """Return blocks `(blocks, size)`, some with ties, some all zeros."""
+    """Return `(tiles, size, lanes)`, some blocks with ties, some all zeros."""
     rng = np.random.default_rng(seed)
-    total = rng.normal(size=(case.tiles * case.lanes, case.size)).astype(np.float32)
-    total[::3] = np.round(total[::3])
-    total[1::7] = 0
-    return total
+    total = rng.normal(size=(case.tiles, case.size, case.lanes)).astype(np.float32)
+    number = each_block(case, np.arange(case.tiles * case.lanes))
+    total = np.where(number % 3 == 0, np.round(total), total)
+    return np.where(number % 7 == 1, np.float32(0), total)
 
 
 def with_extremes(total):
@@ -76,12 +70,12 @@ def with_extremes(total):
     total, size = total.copy(), total.shape[1]
     total[:, 3 % size] = np.inf
     total[:, size // 2] = -np.finfo(np.float32).max
-    total[::2, size - 1] = np.nan
+    total[:, size - 1, ::2] = np.nan
     return total
 
 
 def largest(total, kept):
-    """Return offsets, ascending: NaN comes first, and of equal magnitudes the first."""
+    """Return offsets along axis 1, ascending: NaN first, and of equals the first."""
     number = np.where(np.isnan(total), 0, np.abs(total))
     order = np.lexsort((-number, ~np.isnan(total)), axis=1)
     return np.sort(order[:, :kept], axis=1)
@@ -104,7 +98,7 @@ def fed(error, gradient, kept, dtype):
 
 
 def window(case, dtype, seed=0):
-    """Return a window as it is stored, and as a dense float64 `(m, blocks, size)`."""
+    """Return a window as stored, and as a dense float64 `(m, tiles, size, lanes)`."""
     tiles, lanes, size, kept, rows = case
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(tiles, rows * kept, lanes)) * 2.0 ** rng.integers(-12, 4)
@@ -129,7 +123,7 @@ def window(case, dtype, seed=0):
 
 
 def newest(case, dtype, seed=1):
-    """Return a row with values in float32, and as dense float64 `(blocks, size)`."""
+    """Return a row with values in float32, and as a dense float64 vector."""
     if jnp.dtype(dtype).itemsize == 1:
         dtype = "bfloat16"
     stored, matrix = window(case._replace(rows=1), dtype, seed)
@@ -138,16 +132,15 @@ def newest(case, dtype, seed=1):
 
 
 def dense(stored, case):
-    """Return the rows of a window, `(m, blocks, size)`, float64."""
-    entries = np.asarray(stored.values).astype(np.float64)
+    """Return the rows of a window, `(m, tiles, size, lanes)`, float64."""
+    values = np.asarray(stored.values).astype(np.float64)
     if isinstance(stored, ScaledRow):
         scales = np.asarray(stored.scales).astype(np.float64)
-        entries *= np.repeat(scales, case.kept, axis=1)[:, :, None]
-    values = blocks_of(entries)
-    offsets = blocks_of(stored.offsets).astype(int)
-    out = np.zeros((case.rows, len(values), case.size))
-    block, entry = np.indices(values.shape)
-    np.add.at(out, (entry // case.kept, block, offsets), values)
+        values *= np.repeat(scales, case.kept, axis=1)[:, :, None]
+    offsets = np.asarray(stored.offsets).astype(int)
+    out = np.zeros((case.rows, case.tiles, case.size, case.lanes))
+    tile, entry, lane = np.indices(values.shape)
+    np.add.at(out, (entry // case.kept, tile, offsets, lane), values)
     return out
 
 

@@ -28,13 +28,12 @@ def stored_rows(name: str, state) -> np.ndarray:
     rows = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.window.rows)
     space = COMPRESSORS[name].bind(layout(cases.params(), jnp.float32, None))
     if name == "sparse":
-        each = map(space.passes.blocks, rows)
-        values, offsets = (x.reshape(len(x), M, -1) for x in each)
-        blocks, size, kept = values.shape
-        dense = np.zeros((size, blocks, 16))
-        for b, i, k in np.ndindex(blocks, size, kept):
-            dense[i, b, int(offsets[b, i, k])] += values[b, i, k]
-        return dense.reshape(size, -1)
+        tiles, entries, lanes = rows.values.shape
+        dense = np.zeros((M, tiles, 16, lanes))
+        for t, n, lane in np.ndindex(tiles, entries, lanes):
+            place = n // (entries // M), t, int(rows.offsets[t, n, lane]), lane
+            dense[place] += rows.values[t, n, lane]
+        return dense.reshape(M, -1)
     leaves = cases.dense_rows(space, rows, M)
     return np.concatenate([leaf.reshape(M, -1) for leaf in leaves], axis=1)
 
@@ -106,4 +105,4 @@ def test_the_error_of_a_constant_gradient_stays_bounded():
     assert np.max(np.abs(state.error)) < 40 * np.max(np.abs(gradient))
     sent = np.sum(np.asarray(updates, np.float64), axis=0)
     total = STEPS * np.asarray(gradient, np.float64)
-    np.testing.assert_allclose(sent + np.asarray(state.error)[0], total, rtol=1e-4)
+    np.testing.assert_allclose(sent + np.ravel(state.error), total, rtol=1e-4)

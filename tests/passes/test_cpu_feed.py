@@ -44,7 +44,7 @@ def rounds(request, monkeypatch, case):
 
 
 def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
-    """Return values and offsets, `(blocks, kept)`, and the error."""
+    """Return values and offsets of a row, and the error."""
     storage = Storage.of(jnp.dtype(dtype), case.size)
     form = Form(case.size, case.kept, storage, case.lanes if case.size <= 256 else None)
     # Leaves of every length.
@@ -59,14 +59,17 @@ def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
 
     step = jnp.asarray(accept), jnp.int32(count)
     values, offsets, rest = jax.jit(run)(error, leaves, *step)
-    if case.size <= 256:
-        values, offsets = map(tile_cases.blocks_of, (values, offsets))
     return values, offsets, rest
 
 
+def vector(case, seed):
+    tiles = tile_cases.vector(case, seed)
+    return tiles if case.size <= 256 else tiles[:, :, 0]
+
+
 def vectors(case):
-    error = tile_cases.vector(case, 1).astype(jnp.bfloat16)
-    gradient = tile_cases.vector(case, 2)
+    error = vector(case, 1).astype(jnp.bfloat16)
+    gradient = vector(case, 2)
     # What overflows becomes the largest number.
     gradient[::5, 0] = tile_cases.LARGEST
     error[::5, 0] = 0.75 * float(jnp.finfo(error.dtype).max)
@@ -107,8 +110,10 @@ def stored(error, kind):
 def test_an_error_of_bytes_is_rounded_as_all_at_once(case, dtype):
     if case.size > 256:
         dtype = "bfloat16"  # values of 8 bits are for tiles
-    spread = 10.0 ** np.linspace(-20, 20, case.tiles * case.lanes)[:, None]
-    error, gradient = spread * tile_cases.vector(case, 1), tile_cases.vector(case, 2)
+    error, gradient = vector(case, 1), vector(case, 2)
+    spread = 10.0 ** np.linspace(-20, 20, error.size // error.shape[-1])
+    spread = spread.reshape(*error.shape[:-1], 1)
+    error = spread * error
     old, gradient = stored(error, "int8"), (spread * gradient).astype(np.float32)
     values, offsets, rest = feed(case, old, gradient, count=11, dtype=dtype)
     total = np.asarray(quantized.load(old)) + gradient

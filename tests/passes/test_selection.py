@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efcp_jax.passes.selection import largest
+from efcp_jax.passes.selection import by_rounds, largest
 
 
 # Rows, entries a row, entries kept: one level and two, whole words and parts of words,
@@ -76,11 +76,14 @@ def test_largest_entries_are_those_of_a_stable_sort(rows, size, kept):
 @pytest.mark.parametrize("kept", [1, 2, 5, 8])
 def test_rounds_of_maxima_are_a_stable_sort_as_well(kept):
     rng = np.random.default_rng(kept)
-    select = jax.jit(largest, static_argnums=(1, 2))
+    select = jax.jit(by_rounds, static_argnums=1)
     for kind in KINDS:
         x = entries(kind, (40, 128), rng).astype(np.float32)
-        got = select(jnp.asarray(x), kept, 8)
+        got = select(jnp.asarray(x), kept)
         np.testing.assert_array_equal(got, expected(x, kept), err_msg=kind)
+        # As they lie side by side.
+        got = select(jnp.asarray(x.T[None]), kept)
+        np.testing.assert_array_equal(got[0].T, expected(x, kept), err_msg=kind)
 
 
 @pytest.mark.parametrize(("rows", "size", "kept"), [(2, 100, 7), (2, 4096, 41)])
