@@ -90,15 +90,19 @@ def write(
     runs: Sequence[Sequence[int]],
     unit: int,
     chunk: int,
-    units: Callable[[Any, int], jax.Array],
+    units: Callable[[jax.Array, Any, int], jax.Array],
     zero: jax.Array,
+    *,
+    copied: bool = False,
 ) -> list[jax.Array]:
     """Return the leaves, flat, whose entries laid end to end are those of `units`.
 
-    These are of `unit` entries each, some from a number on, at most `chunk` at once;
-    the last one may reach beyond the last leaf. `runs` are sizes of leaves. The entries
-    of a run are computed into one array, which is cut into its leaves, before those of
-    the next run are begun. A leaf that is a run by itself is not copied at all.
+    These are of `unit` entries each, some from a number on, at most `chunk` at once, of
+    a zero that they may wait for; the last one may reach beyond the last leaf. `runs`
+    are sizes of leaves. The entries of a run are computed into one array, which is cut
+    into its leaves, before those of the next run are begun; if `copied`, whatever is
+    done with them next is not joined with the cutting. A leaf that is a run by itself
+    is not copied at all.
     """
     leaves: list[jax.Array] = []
     start = 0
@@ -107,14 +111,16 @@ def write(
         stop = start + int(ends[-1])
         # One run at least, of no entries where leaves have none.
         cuts = [*range(start, max(stop, start + 1), indexed()), stop]
-        given = unit, chunk, units, zero
+        given = unit, chunk, functools.partial(units, zero), zero
         parts = [_run(*between, *given) for between in itertools.pairwise(cuts)]
         whole = jnp.concatenate(parts)
-        zero = zero_after(zero, whole)
-        leaves += [
+        cut = [
             lax.dynamic_slice_in_dim(whole, at_run_time(end - size), size)
             for end, size in zip(ends, sizes, strict=True)
         ]
+        cut = lax.optimization_barrier(cut) if copied else cut
+        zero = zero_after(zero, *(cut if copied else [whole]))
+        leaves += cut
         start = stop
     return leaves
 

@@ -21,7 +21,7 @@ from efcp_jax.devices.collectives import vary_like
 from efcp_jax.devices.sections import part, reader, sweep, write
 from efcp_jax.numerics import indexed, saturate
 from efcp_jax.passes import selection
-from efcp_jax.passes.entries import COMMUTING, SparseRow, Storage, Stored
+from efcp_jax.passes.entries import COMMUTING, SparseRow, Stored
 from efcp_jax.passes.gpu import MOST_MATCHES, matched
 from efcp_jax.passes.reference import residual as residual
 
@@ -96,7 +96,7 @@ def combine(
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     each, unit = form.per_entry(weights), form.lanes * form.size
 
-    def sums(start: Any, chunk: int) -> jax.Array:
+    def sums(_: jax.Array, start: Any, chunk: int) -> jax.Array:
         values, offsets = form.storage.load(part(window, start, chunk), weights.dtype)
         index = form.positions(offsets).reshape(-1)
         zeros, added = jnp.zeros(chunk * unit, weights.dtype), (values * each).ravel()
@@ -144,7 +144,7 @@ def feed(
         total = lax.optimization_barrier(total)
         values, offsets = form.select(total)
         # A scale for the row can be found behind the last round.
-        values = _near(form.storage, values, offsets)
+        values = form.storage.near(values, offsets)
         rest = _less(form, total, jnp.where(new, values, 0), offsets)
         rest = quantized.store(rest, old, new, count, start)
         if few == chunk:
@@ -187,13 +187,6 @@ def _less(form: Any, tile: jax.Array, values: jax.Array, offsets: jax.Array) -> 
         here = places == offsets[:, i : i + 1]
         tile -= jnp.where(here, values[:, i : i + 1], 0)
     return tile
-
-
-def _near(storage: Storage, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Return the values that are stored for a part of a row, within their range."""
-    if storage.scaled:
-        return storage.load(storage.store(values, offsets), jnp.float32)[0]
-    return saturate(values, storage.values).astype(jnp.float32)
 
 
 def _rounds(form: Any, shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -134,6 +134,12 @@ class Storage:
             values = lax.bitcast_convert_type(bits, self.values)
         return values.astype(dtype), stored >> 16
 
+    def near(self, values: jax.Array, offsets: jax.Array) -> jax.Array:
+        """Return the values that are stored for a part of a row, within their range."""
+        if self.scaled:
+            return self.load(self.store(values, offsets), values.dtype)[0]
+        return saturate(values, self.values).astype(values.dtype)
+
 
 def quantise(values: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     """Return the values of a row in one of `DTYPES`, and the scale of each tile.

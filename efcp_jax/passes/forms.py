@@ -156,6 +156,8 @@ class Form:
         forms = {}
         if tpu.feeds(self, error):
             forms["tpu"] = fed(tpu, whole)
+        if gpu.feeds(self, error):
+            forms["cuda"] = fed(gpu, tuple)
         if cpu.feeds(self, error, dtype):
             forms["cpu"] = fed(cpu, tuple)
         run = jax.custom_jvp(

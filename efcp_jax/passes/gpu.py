@@ -15,11 +15,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efcp_jax import quantized
 from efcp_jax.devices.collectives import vary_like
-from efcp_jax.devices.sections import part, sweep
-from efcp_jax.numerics import contract, indexed
+from efcp_jax.devices.sections import at_run_time, part, section, sweep, write
+from efcp_jax.numerics import contract, indexed, saturate
 from efcp_jax.passes import reference, selection
-from efcp_jax.passes.entries import SparseRow, Stored
+from efcp_jax.passes.entries import COMMUTING, SparseRow, Stored
 
 
 # Entries a block of a row up to which comparing every entry of a window with each of
@@ -32,6 +33,11 @@ _GATHERED = 1 << 24
 _MULTIPLIED = 1 << 20
 
 
+# Entries of an error that are fed at once, and the most parts, each with its kernels.
+_FED = 1 << 21
+_MOST_PARTS = 8
+
+
 select = functools.partial(selection.select, rounds=MOST_MATCHES)
 
 
@@ -42,6 +48,47 @@ def residual(
     if not form.tile:
         return reference.residual(form, vector, values, offsets)
     return vector - _spread(form, values, offsets)
+
+
+def feeds(form: Any, error: Any) -> bool:
+    """Return whether `feed` takes this error, and is worth its kernels."""
+    kept = jax.tree.leaves(error)[0]
+    return kept.size > _FED and form.storage.values.name in COMMUTING
+
+
+def feed(
+    form: Any, error: Any, pieces: Any, accept: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return rounded values and offsets of a row, and the error less them.
+
+    Parts of the vector follow each other, which each needs what the one before is done
+    with: the gradient and its sum with the error in float32.
+    """
+    units, *_ = jax.tree.leaves(error)[0].shape
+    unit, made = form.size * form.lanes, []
+    chunk = -(-units // min(_MOST_PARTS, -(-units * unit // _FED)))
+    step = jax.jit(functools.partial(_fed, form))  # traced once for parts of one size
+    for first in range(0, units, chunk):
+        number, at = min(chunk, units - first), at_run_time(first)
+        added = section(pieces, first * unit, number * unit)
+        cut = lambda x, at=at, n=number: lax.dynamic_slice_in_dim(x, at, n)
+        row, rest = step(jax.tree.map(cut, error), added, accept, count, at)
+        put = lambda x, y, at=at: lax.dynamic_update_slice_in_dim(x, y, at, axis=0)
+        error = jax.tree.map(put, error, rest)
+        made.append(row)
+    values, offsets = map(jnp.concatenate, zip(*made, strict=True))
+    return values, offsets, error
+
+
+def _fed(form: Any, error: Any, added: Any, accept: Any, count: Any, first: Any) -> Any:
+    """Return a part of a row, and the rest of a part of the error from `first` on."""
+    before = quantized.load(error, added.dtype)
+    new = jnp.where(accept, added.reshape(before.shape), 0)
+    total = saturate(before + new, added.dtype)
+    values, offsets = form.select(total)
+    values = form.storage.near(values, offsets)
+    rest = form.residual(total, jnp.where(accept, values, 0), offsets)
+    return (values, offsets), quantized.store(rest, error, accept, count, first)
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:
@@ -108,9 +155,19 @@ def combine(
     """Return the sum of the rows of `window` times `weights`, cut into leaves."""
     if not form.tile:
         return reference.cut(_row_by_row(form, window, weights), runs)
-    values, offsets = form.storage.load(window, weights.dtype)
-    sums = _spread(form, values * form.per_entry(weights), offsets)
-    return reference.cut(sums, runs)
+    unit, zero = form.size * form.lanes, jnp.zeros_like(weights[0])
+
+    def sums(zero: jax.Array, start: Any, count: int) -> jax.Array:
+        some = lambda x: lax.dynamic_slice_in_dim(x, start, count)
+        values, offsets = form.storage.load(jax.tree.map(some, window), weights.dtype)
+        each = form.per_entry(weights + zero)
+        return _spread(form, values * each, offsets).reshape(-1)
+
+    units = len(jax.tree.leaves(window)[0])
+    if units * unit <= _FED:
+        return reference.cut(sums(zero, 0, units), runs)
+    # Else XLA joins what is done with the leaves of all runs, which then wait for it.
+    return write(runs, unit, 2 * _FED // unit, sums, zero, copied=True)
 
 
 def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:
