@@ -99,8 +99,7 @@ def store(
             # An infinity in the error would make every later step non-finite.
             return cast(x, old.dtype)
         x = constant(x, _NO_DERIVATIVE)
-        # On CPUs, XLA would find it anew for every entry.
-        unit = lax.optimization_barrier(_units(x, old.units.shape[-1], jnp))
+        unit = _units(x, old.units.shape[-1], jnp)
         scaled = x * _spread(1 / unit, x)
         values = at_random(scaled, uniform(x.shape, count, first)).astype(DTYPE)
         new = Quantized(values, unit.astype(jnp.bfloat16))

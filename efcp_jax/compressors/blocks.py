@@ -20,6 +20,7 @@ import numpy as np
 from efcp_jax import passes
 from efcp_jax.devices.layout import Layout
 from efcp_jax.numerics import indexed, saturate
+from efcp_jax.passes.forms import LANES
 
 
 # On a mesh where some leaves are replicated, one block for everything would pad the
@@ -108,8 +109,12 @@ class Blocks:
             pieces += [matrices[i].reshape(-1) for i in indices]
             used = sum(self.layout.leaves[i].size for i in indices)
             pieces.append(jnp.zeros(count * self.unit - used, self.layout.dtype))
-        blocks = jnp.concatenate(pieces).reshape(-1, *self.shape[1:])
-        return self.layout.own(blocks, axis=0)
+        flat = jnp.concatenate(pieces)
+        if self.lanes and self.lanes < LANES:
+            # Else XLA would turn each of many small leaves by itself on TPUs.
+            keep = lax.optimization_barrier
+            flat = lax.platform_dependent(flat, tpu=keep, default=lambda x: x)
+        return self.layout.own(flat.reshape(-1, *self.shape[1:]), axis=0)
 
     def unpack(self, vector: jax.Array) -> chex.ArrayTree:
         """Return the tree of this device's blocks, and those of all along `split`."""

@@ -43,7 +43,9 @@ _ENTRIES = 1 << 18
 _MOST_ROUNDS = 64
 
 
-select = functools.partial(selection.select, rounds=_MOST_ARGMAX)
+select = functools.partial(
+    selection.select, rounds=_MOST_ARGMAX, first=selection.first_largest
+)
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:

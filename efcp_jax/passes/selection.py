@@ -44,13 +44,16 @@ def magnitudes(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) & jnp.iinfo(dtype).max
 
 
-def select(form: Any, vector: jax.Array, rounds: int) -> tuple[jax.Array, jax.Array]:
+def select(
+    form: Any, vector: jax.Array, rounds: int, first: Any = None
+) -> tuple[jax.Array, jax.Array]:
     """Return the entries of largest magnitude of every block; see `forms.Form`.
 
-    Up to `rounds` of small blocks are found by rounds of maxima, in less time.
+    Up to `rounds` of small blocks are found by rounds of maxima, in less time; `first`
+    finds that of a round, `first_largest` or what an argmax is compiled to.
     """
     if form.tile and form.kept <= rounds:
-        offsets = by_rounds(vector, form.kept)
+        offsets = by_rounds(vector, form.kept, first or _argmax)
     elif form.tile:
         rows = vector.swapaxes(1, 2)
         found = largest(rows.reshape(-1, form.size), form.kept)
@@ -75,15 +78,27 @@ def largest(vector: jax.Array, kept: int) -> jax.Array:
     )
 
 
-def by_rounds(vector: jax.Array, kept: int) -> jax.Array:
+def first_largest(x: jax.Array) -> jax.Array:
+    """Return where each largest number along axis 1 is first, by two reductions.
+
+    They are vectorised on CPUs, where an argmax is not.
+    """
+    peak = jnp.max(x, axis=1, keepdims=True)
+    places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    at = jnp.where(x == peak, places, x.shape[1])
+    return jnp.min(at, axis=1, keepdims=True)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    return jnp.argmax(x, axis=1, keepdims=True).astype(jnp.int32)
+
+
+def by_rounds(vector: jax.Array, kept: int, first: Any = first_largest) -> jax.Array:
     """Return what `largest` does, along axis 1 whatever lies behind it."""
-    left, size = magnitudes(vector), vector.shape[1]
+    left, found = magnitudes(vector), []
     places = lax.broadcasted_iota(jnp.int32, vector.shape, 1)
-    found = []
     for _ in range(kept):
-        peak = jnp.max(left, axis=1, keepdims=True)
-        first = jnp.where(left == peak, places, size)
-        found.append(jnp.min(first, axis=1, keepdims=True))
+        found.append(first(left))
         left = jnp.where(places == found[-1], -1, left)
     # Sorted against each other.
     for last in range(kept - 1, 0, -1):

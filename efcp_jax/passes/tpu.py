@@ -62,11 +62,13 @@ def combine(
     if not form.tile:
         return reference.cut(gpu.by_digits(form, window, weights), runs)
     if not _kernels_read(form, weights.dtype):
-        return gpu.combine(form, window, weights, runs=runs)
-    leaves = reference.cut(_combine(form, window, weights), runs)
-    if len(leaves) == 1:  # can be cut by what is done with it next
-        return leaves
-    # Else XLA would give the whole vector the shape of each kind of leaf in turn.
+        leaves = gpu.combine(form, window, weights, runs=runs)
+    else:
+        leaves = reference.cut(_combine(form, window, weights), runs)
+    if len(leaves) == 1 and form.tile == LANES:
+        return leaves  # can be cut by what is done with it next
+    # Else XLA would give the whole vector the shape of each kind of leaf in turn, and
+    # each of many small leaves that of its few blocks by itself.
     return lax.optimization_barrier(leaves)
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
-import optax
 import oracles
+import optax
 import pytest
 import sharding_cases as cases
 
@@ -81,8 +81,7 @@ def test_blocks_that_are_fewer_than_devices_have_lanes_are_those_of_one(error_dt
     assert cases.worst(cases.vectors(found), cases.vectors(alone)) < TOLERANCE
     kept = lambda state: (state[0].window.rows.offsets, state[0].error)
     each = (jax.tree.leaves(jax.device_get(kept(x))) for x in (state, before))
-    pairs = zip(*each, strict=True)
-    for mine, its in pairs:
+    for mine, its in zip(*each, strict=True):
         assert mine.shape == (8, *its.shape[1:])
         np.testing.assert_array_equal(mine[:1], its)
     assert np.any(state[0].window.rows.values)
