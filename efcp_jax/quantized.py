@@ -17,8 +17,8 @@ import numpy as np
 from efcp_jax.numerics import cast, constant
 
 
-# Numbers along the last axis that share a unit: the blocks of sparse rows, if they are
-# no longer than this, else about as many at a time as take no memory to speak of.
+# Numbers along the last axis that share a unit: the lines of tiles of sparse rows, no
+# longer than this, else about as many at a time as take no memory to speak of.
 _LONGEST = 256
 _GROUP = 128
 _SHORTEST = 32

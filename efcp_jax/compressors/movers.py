@@ -44,40 +44,31 @@ class SparseMover(DenseMover):
 
     def rows(self, rows: Stored) -> Any:  # noqa: D102
         old, new, kept = self.old.passes, self.new.passes, self.new.passes.kept
-        loaded = (_by_block(x) for x in _load(rows, old.storage))
-        values, offsets = (x.reshape(len(x), -1, old.kept) for x in loaded)
-        count = self.source.size // new.size
-        shape = (count, values.shape[1], kept)
+        values, offsets = (
+            x.reshape(len(x), -1, old.kept, *x.shape[2:])
+            for x in _load(rows, old.storage)
+        )
+        shape = len(self.source), values.shape[1], kept, *self.source.shape[2:]
         new_values, new_offsets = np.zeros(shape, values.dtype), np.zeros(shape, int)
         for row in range(values.shape[1]):
-            dense = np.zeros((len(values), old.size), values.dtype)
-            block, rank = np.nonzero(values[:, row])
-            dense[block, offsets[block, row, rank]] = values[block, row, rank]
-            moved = _by_block(self.vector(_as_kept(dense, self.shape)))
-            block, offset = np.nonzero(moved)
-            rank = np.arange(block.size) - np.searchsorted(block, block)
-            if rank.max(initial=-1) >= kept:
+            dense = np.zeros(self.shape, values.dtype)
+            at = unit, _, *lane = np.nonzero(values[:, row])
+            dense[unit, offsets[:, row][at], *lane] = values[:, row][at]
+            moved = self.vector(dense)
+            ranks = np.cumsum(moved != 0, axis=1, dtype=np.int32) - 1
+            if (most := ranks.max(initial=-1)) >= kept:
                 raise ValueError(
                     "The blocks of `top_k` hold other entries in the new layout, and"
-                    f" {rank.max() + 1} kept entries of one row fall into a block with"
+                    f" {most + 1} kept entries of one row fall into a block with"
                     f" room for {kept}. Go on with the layout that the state was saved"
                     " in, or start the optimizer afresh with `init`."
                 )
-            new_values[block, row, rank] = moved[block, offset]
-            new_offsets[block, row, rank] = offset
-        both = (x.reshape(count, -1) for x in (new_values, new_offsets))
-        values, offsets = (_as_kept(x, self.source.shape) for x in both)
+            at = unit, offset, *lane = np.nonzero(moved)
+            place = unit, row, ranks[at], *lane
+            new_values[place], new_offsets[place] = moved[at], offset
+        both = new_values, new_offsets
+        values, offsets = (x.reshape(len(x), -1, *x.shape[3:]) for x in both)
         return _store(values, offsets, new.storage, kept)
-
-
-def _by_block(entries: np.ndarray) -> np.ndarray:
-    """Return entries of blocks, which lie along axis 1, as `(blocks, n)`."""
-    return np.moveaxis(entries, 1, -1).reshape(-1, entries.shape[1])
-
-
-def _as_kept(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Undo `_by_block` where vectors are of this shape."""
-    return np.moveaxis(blocks.reshape(shape[0], *shape[2:], -1), -1, 1)
 
 
 def _load(stored: Stored, storage: Storage) -> tuple[np.ndarray, np.ndarray]:

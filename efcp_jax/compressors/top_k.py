@@ -84,19 +84,19 @@ class SparseSpace(Blocks):
 
     def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
         values, offsets = self.storage.load(row, self.layout.dtype)
-        if (shares := self.shares) is not None:
-            values = values * _spread(shares, values)
+        values = self._weighted(values)
         return self.passes.inner(window, SparseRow(values, offsets))
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:  # noqa: D102
-        shares = self.shares
-        vector = vector if shares is None else vector * _spread(shares, vector)
-        return self.passes.dot(window, vector)
+        return self.passes.dot(window, self._weighted(vector))
+
+    def _weighted(self, array: jax.Array) -> jax.Array:
+        shares, behind = self.shares, [1] * (array.ndim - 1)
+        return array if shares is None else array * shares.reshape(-1, *behind)
 
     def combine(self, window: Stored, coefficients: jax.Array):  # noqa: D102
-        one_run = [[self.count * self.unit]]
-        (flat,) = self.passes.combine(window, coefficients, one_run)
-        return flat.reshape(self.shape)
+        one = [[self.count * self.unit]]
+        return self.passes.combine(window, coefficients, one)[0].reshape(self.shape)
 
     def update(self, window: Stored, coefficients: jax.Array):  # noqa: D102
         if not self.flat:
@@ -139,11 +139,6 @@ class TopK:
         return SparseSpace(**vars(blocks), passes=form)
 
 
-def _spread(shares: jax.Array, array: jax.Array) -> jax.Array:
-    """Return what there is for each tile or block as it is multiplied with `array`."""
-    return shares.reshape(-1, *[1] * (array.ndim - 1))
-
-
 def top_k(
     density: float = 0.01,
     *,
@@ -163,10 +158,10 @@ def top_k(
             cut into blocks of this many, and the selection is made in each block by
             itself: several times faster than over all parameters, with offsets of 1 or
             2 bytes up to 256 or 65,536. Up to 256 nothing is gathered or scattered, and
-            accelerators are fast as well; powers of two suit them best. A block of up
-            to 256 is not a run of entries: it is every 128th entry of a run of 128
-            blocks, or every n-th of the whole where there are only n. None makes one
-            block of all parameters. Blocks larger than the model are cut down to it.
+            accelerators are fast as well; powers of two suit them best. Such a block
+            has every 128th entry of a run, which 128 blocks share, or all where there
+            are less; a larger block is a run. None makes one block of all parameters.
+            Blocks larger than the model are cut down to it.
         value_dtype: Dtype of the stored values. None stores them in the working dtype
             (float32, or float64 for float64 parameters). `jnp.bfloat16` makes an entry
             3 bytes (4 in blocks of more than 256), `jnp.int8` and `jnp.float8_e4m3fn`

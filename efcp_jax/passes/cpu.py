@@ -4,8 +4,9 @@ What is touched in one round is a few blocks, so that temporaries are small, and
 are taken entry by entry, which vectorises. XLA's scattered addition takes 2 to 3 ns an
 entry here, a comparison with every place of a small block fifty times that.
 
-So is an error of less than 32 bits widened, added to, selected from and rounded again:
-in passes over the whole of it, it would be a vector of float32 in between.
+So is an error added to, selected from and rounded again, one tile after the other: in
+passes over the whole of it, each would read and write memory, and one of less than 32
+bits would be a vector of float32 in between.
 """
 
 import functools
@@ -26,8 +27,8 @@ from efcp_jax.passes.gpu import MOST_MATCHES, matched
 from efcp_jax.passes.reference import residual as residual
 
 
-# Rounds of argmax that take less time than a bisection.
-_MOST_ARGMAX = 16
+# Rounds of maxima that take less time than a bisection.
+_MOST_MAXIMA = 16
 
 # Entries of the window of one round. XLA spreads sums over cores from 128 thousand
 # entries on; scattered additions run on one core and are best inside its cache.
@@ -37,14 +38,14 @@ _COMBINE = 1 << 12
 # Rounds that a sum is worth to be set up for.
 _FEWEST_ROUNDS = 8
 
-# Entries of a round of `feed`: XLA writes half precision several times slower in
-# smaller parts. A gradient of many leaves has as many branches as there are rounds.
+# Entries of a round of `feed`, whose gradient is read at once. One of many leaves has
+# as many branches as there are rounds.
 _ENTRIES = 1 << 18
 _MOST_ROUNDS = 64
 
 
 select = functools.partial(
-    selection.select, rounds=_MOST_ARGMAX, first=selection.first_largest
+    selection.select, rounds=_MOST_MAXIMA, first=selection.first_largest
 )
 
 
@@ -132,50 +133,53 @@ def feed(
     read = reader(pieces, [unit * i for i in firsts], unit * chunk)
 
     def step(j: jax.Array, carry: Any, i: jax.Array, gradient: jax.Array) -> Any:
-        within = j * few
-        start = jnp.minimum(i * chunk, units - chunk) + within
+        start = jnp.minimum(i * chunk, units - chunk) + j * few
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, few)
+        # Read once, so that it can be overwritten.
         old = lax.optimization_barrier(jax.tree.map(cut, carry[0]))
-        before = quantized.load(old, jnp.float32)
-        shape = few, *[1] * (before.ndim - 1)
         # Those of the round before are left as they are.
-        fresh = (start + jnp.arange(few) >= i * chunk).reshape(shape)
-        new = fresh & accept
-        added = part(gradient, within, few).reshape(before.shape)
-        total = saturate(before + jnp.where(new, added, 0), jnp.float32)
-        total = lax.optimization_barrier(total)
-        values, offsets = form.select(total)
-        # A scale for the row can be found behind the last round.
-        values = form.storage.near(values, offsets)
-        rest = _less(form, total, jnp.where(new, values, 0), offsets)
-        rest = quantized.store(rest, old, new, count, start)
+        fresh = start + jnp.arange(few) >= i * chunk
+        fresh = fresh.reshape(-1, *[1] * (kept.ndim - 1))
+        added = part(gradient, j * few, few)
+        *row, rest = _fed(form, old, added, fresh & accept, count, start)
         if few == chunk:
             # Computed on all cores before it is written, which is done on one.
             rest = lax.optimization_barrier(rest)
         write = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, axis=0)
+        fill = lambda x, part: write(x, jnp.where(fresh, part, cut(x)))
+        error, *rows = carry
+        return jax.tree.map(write, error, rest), *map(fill, rows, row)
 
-        def fill(row: jax.Array, x: jax.Array) -> jax.Array:
-            held = lax.dynamic_slice_in_dim(row, start, few)
-            return write(row, jnp.where(fresh, x, held))
-
-        error, *row = carry
-        return jax.tree.map(write, error, rest), *map(fill, row, (values, offsets))
-
-    def round_(i: jax.Array, carry: Any) -> Any:
-        gradient = read(i).reshape(chunk, -1)
+    def steps(i: jax.Array, carry: Any) -> Any:
+        gradient = read(i).reshape(chunk, *kept.shape[1:])
         one = lambda j, carry: step(j, carry, i, gradient)
         return lax.fori_loop(0, chunk // few, one, carry)
 
     shape = form.shape(units, form.kept)
     row = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     start = vary_like((error, accept), (error, *row))
-    error, *row = lax.fori_loop(0, len(firsts), round_, start)
+    error, *row = lax.fori_loop(0, len(firsts), steps, start)
     return *row, error
+
+
+def _fed(
+    form: Any, old: Any, gradient: jax.Array, new: jax.Array, count: Any, start: Any
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return what `feed` does, of the units from `start` on that are `new`."""
+    before = quantized.load(old, jnp.float32)
+    total = saturate(before + jnp.where(new, gradient, 0), jnp.float32)
+    # Else each of what reads it would add anew.
+    total = lax.optimization_barrier(total)
+    values, offsets = form.select(total)
+    # A scale for the row can be found behind the last round.
+    values = form.storage.near(values, offsets)
+    rest = _less(form, total, jnp.where(new, values, 0), offsets)
+    return values, offsets, quantized.store(rest, old, new, count, start)
 
 
 def _few(form: Any) -> bool:
     """Return whether rounds over one tile after the other are fastest."""
-    return form.tile is not None and form.kept <= _MOST_ARGMAX
+    return form.tile is not None and form.kept <= _MOST_MAXIMA
 
 
 def _less(form: Any, tile: jax.Array, values: jax.Array, offsets: jax.Array) -> Any:

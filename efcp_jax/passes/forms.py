@@ -137,11 +137,11 @@ class Form:
     ) -> tuple[Any, jax.Array, Any]:
         """Do what `Space.feed` does, but for the basis, in `dtype`.
 
-        TPUs do it in one pass over all, CPUs over some blocks after others where the
-        error is narrow. Their `feed` returns values, rounded, and offsets of the row,
-        float32 and int32, of which `finish` makes the row as it is stored and its
-        scale; `pieces` is how they read `gradient`. The others do it
-        `by_parts`, in pass after pass, and a derivative is that of this form.
+        TPUs do it in one pass over all, CPUs and GPUs over some blocks after others.
+        Their `feed` returns values, rounded, and offsets of the row, float32 and int32,
+        of which `finish` makes the row as it is stored and its scale; `pieces` is how
+        they read `gradient`. The others do it `by_parts`, in pass after pass, and a
+        derivative is that of this form.
         """
 
         def fed(module: Any, read: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -32,13 +32,14 @@ MOST_MATCHES = 8
 _GATHERED = 1 << 24
 _MULTIPLIED = 1 << 20
 
-
 # Entries of an error that are fed at once, and the most parts, each with its kernels.
 _FED = 1 << 21
 _MOST_PARTS = 8
 
 
-select = functools.partial(selection.select, rounds=MOST_MATCHES)
+select = functools.partial(
+    selection.select, rounds=MOST_MATCHES, first=selection.argmax
+)
 
 
 def residual(
@@ -80,15 +81,15 @@ def feed(
     return values, offsets, error
 
 
-def _fed(form: Any, error: Any, added: Any, accept: Any, count: Any, first: Any) -> Any:
-    """Return a part of a row, and the rest of a part of the error from `first` on."""
-    before = quantized.load(error, added.dtype)
+def _fed(form: Any, old: Any, added: Any, accept: Any, count: Any, start: Any) -> Any:
+    """Return what `feed` does, of the units from `start` on."""
+    before = quantized.load(old, added.dtype)
     new = jnp.where(accept, added.reshape(before.shape), 0)
     total = saturate(before + new, added.dtype)
     values, offsets = form.select(total)
     values = form.storage.near(values, offsets)
     rest = form.residual(total, jnp.where(accept, values, 0), offsets)
-    return (values, offsets), quantized.store(rest, error, accept, count, first)
+    return (values, offsets), quantized.store(rest, old, accept, count, start)
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:

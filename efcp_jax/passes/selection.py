@@ -45,15 +45,14 @@ def magnitudes(x: jax.Array) -> jax.Array:
 
 
 def select(
-    form: Any, vector: jax.Array, rounds: int, first: Any = None
+    form: Any, vector: jax.Array, rounds: int, first: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Return the entries of largest magnitude of every block; see `forms.Form`.
 
-    Up to `rounds` of small blocks are found by rounds of maxima, in less time; `first`
-    finds that of a round, `first_largest` or what an argmax is compiled to.
+    Up to `rounds` of small blocks are found by rounds of maxima, each by `first`.
     """
     if form.tile and form.kept <= rounds:
-        offsets = by_rounds(vector, form.kept, first or _argmax)
+        offsets = by_rounds(vector, form.kept, first)
     elif form.tile:
         rows = vector.swapaxes(1, 2)
         found = largest(rows.reshape(-1, form.size), form.kept)
@@ -79,21 +78,19 @@ def largest(vector: jax.Array, kept: int) -> jax.Array:
 
 
 def first_largest(x: jax.Array) -> jax.Array:
-    """Return where each largest number along axis 1 is first, by two reductions.
-
-    They are vectorised on CPUs, where an argmax is not.
-    """
+    """Return what `argmax` does, by two reductions, which CPUs vectorise."""
     peak = jnp.max(x, axis=1, keepdims=True)
     places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     at = jnp.where(x == peak, places, x.shape[1])
     return jnp.min(at, axis=1, keepdims=True)
 
 
-def _argmax(x: jax.Array) -> jax.Array:
+def argmax(x: jax.Array) -> jax.Array:
+    """Return where each largest number along axis 1 is first."""
     return jnp.argmax(x, axis=1, keepdims=True).astype(jnp.int32)
 
 
-def by_rounds(vector: jax.Array, kept: int, first: Any = first_largest) -> jax.Array:
+def by_rounds(vector: jax.Array, kept: int, first: Any) -> jax.Array:
     """Return what `largest` does, along axis 1 whatever lies behind it."""
     left, found = magnitudes(vector), []
     places = lax.broadcasted_iota(jnp.int32, vector.shape, 1)

@@ -61,7 +61,7 @@ def filled(state):
         scale=jnp.ones_like(state.window.scale),
         filled=jnp.int32(window_size),
     )
-    gram = kept * len(state.error) * jnp.eye(window_size)
+    gram = kept * state.error.size // block_size * jnp.eye(window_size)
     return state._replace(window=window, gram=gram)
 
 

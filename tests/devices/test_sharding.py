@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
-import oracles
 import optax
+import oracles
 import pytest
 import sharding_cases as cases
 

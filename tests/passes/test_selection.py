@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efcp_jax.passes.selection import by_rounds, largest
+from efcp_jax.passes.selection import argmax, by_rounds, first_largest, largest
 
 
 # Rows, entries a row, entries kept: one level and two, whole words and parts of words,
@@ -73,10 +73,11 @@ def test_largest_entries_are_those_of_a_stable_sort(rows, size, kept):
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("first", [argmax, first_largest])
 @pytest.mark.parametrize("kept", [1, 2, 5, 8])
-def test_rounds_of_maxima_are_a_stable_sort_as_well(kept):
+def test_rounds_of_maxima_are_a_stable_sort_as_well(kept, first):
     rng = np.random.default_rng(kept)
-    select = jax.jit(by_rounds, static_argnums=1)
+    select = jax.jit(lambda x, kept: by_rounds(x, kept, first), static_argnums=1)
     for kind in KINDS:
         x = entries(kind, (40, 128), rng).astype(np.float32)
         got = select(jnp.asarray(x), kept)
