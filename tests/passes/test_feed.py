@@ -1,4 +1,4 @@
-"""Feeding some blocks after others on CPUs: as all at once, whatever a round is."""
+"""Feeding some blocks after others: as all at once, whatever a round is."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tile_cases import Case
 import efcp_jax
 from efcp_jax import quantized
 from efcp_jax.devices.sections import piece_of
-from efcp_jax.passes import cpu
+from efcp_jax.passes import cpu, gpu
 from efcp_jax.passes.entries import Storage
 from efcp_jax.passes.forms import Form
 
@@ -36,14 +36,21 @@ def case(request):
     return request.param
 
 
+@pytest.fixture(params=[cpu, gpu], ids=["cpu", "gpu"])
+def module(request):
+    return request.param
+
+
 @pytest.fixture(params=ROUNDS)
 def rounds(request, monkeypatch, case):
     units = {"one": 1, "half": -(-case.tiles // 2)}[request.param]
     monkeypatch.setattr(cpu, "_ENTRIES", units * case.lanes * case.size)
+    monkeypatch.setattr(gpu, "_FED", units * case.lanes * case.size)
+    monkeypatch.setattr(gpu, "_MOST_PARTS", case.tiles)
     return units
 
 
-def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
+def feed(module, case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
     """Return values and offsets of a row, and the error."""
     storage = Storage.of(jnp.dtype(dtype), case.size)
     form = Form(case.size, case.kept, storage, case.lanes if case.size <= 256 else None)
@@ -52,10 +59,11 @@ def feed(case, error, gradient, accept=True, count=3, dtype="bfloat16", cuts=9):
     ends = np.cumsum(2 ** np.arange(cuts) * len(flat) // 2**cuts)
     leaves = [*jnp.split(flat, ends[ends < len(flat)])]
     assert cpu.feeds(form, error, jnp.dtype("float32"))
+    assert gpu.feeds(form, error)
 
     def run(error, leaves, accept, count):
         pieces = [piece_of(leaf, jnp.dtype("float32")) for leaf in leaves]
-        return cpu.feed(form, error, pieces, accept, count)
+        return module.feed(form, error, pieces, accept, count)
 
     step = jnp.asarray(accept), jnp.int32(count)
     values, offsets, rest = jax.jit(run)(error, leaves, *step)
@@ -78,9 +86,9 @@ def vectors(case):
 
 @pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_feed_is_addition_selection_and_what_is_left(case, dtype):
+def test_feed_is_addition_selection_and_what_is_left(module, case, dtype):
     error, gradient = vectors(case)
-    values, offsets, rest = feed(case, error, gradient, dtype=dtype)
+    values, offsets, rest = feed(module, case, error, gradient, dtype=dtype)
     given = error, gradient, case.kept, jnp.dtype(dtype)
     wanted, places, left = tile_cases.fed(*given)
     np.testing.assert_array_equal(offsets, places)
@@ -91,10 +99,10 @@ def test_feed_is_addition_selection_and_what_is_left(case, dtype):
 
 @pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_what_is_not_accepted_changes_no_bit(case, kind):
+def test_what_is_not_accepted_changes_no_bit(module, case, kind):
     error, gradient = vectors(case)
     error = stored(error, kind)
-    *_, rest = feed(case, error, np.full_like(gradient, np.nan), accept=False)
+    *_, rest = feed(module, case, error, np.full_like(gradient, np.nan), accept=False)
     jax.tree.map(np.testing.assert_array_equal, rest, error)
 
 
@@ -107,7 +115,7 @@ def stored(error, kind):
 
 @pytest.mark.usefixtures("rounds")
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_an_error_of_bytes_is_rounded_as_all_at_once(case, dtype):
+def test_an_error_of_bytes_is_rounded_as_all_at_once(module, case, dtype):
     if case.size > 256:
         dtype = "bfloat16"  # values of 8 bits are for tiles
     error, gradient = vector(case, 1), vector(case, 2)
@@ -115,7 +123,7 @@ def test_an_error_of_bytes_is_rounded_as_all_at_once(case, dtype):
     spread = spread.reshape(*error.shape[:-1], 1)
     error = spread * error
     old, gradient = stored(error, "int8"), (spread * gradient).astype(np.float32)
-    values, offsets, rest = feed(case, old, gradient, count=11, dtype=dtype)
+    values, offsets, rest = feed(module, case, old, gradient, count=11, dtype=dtype)
     total = np.asarray(quantized.load(old)) + gradient
     np.testing.assert_array_equal(offsets, tile_cases.largest(total, case.kept))
     left = total.copy()
