@@ -18,22 +18,25 @@ import numpy as np
 from efcp_jax.numerics import indexed
 
 
-# Entries laid end to end: how many, and what makes those from one number to another.
-Piece: TypeAlias = tuple[int, Callable[[int, int], jax.Array]]
+# Entries laid end to end: how many, and what makes those from one number to another. It
+# calls a function with what it has computed, before it is laid flat.
+Piece: TypeAlias = tuple[int, Callable[[int, int, Callable[[Any], Any]], jax.Array]]
 
 
 def piece_of(array: jax.Array, dtype: np.dtype | None = None) -> Piece:
     """Return a flat array as a piece, widened to `dtype` where it is read."""
-    return len(array), lambda low, high: array[low:high].astype(dtype or array.dtype)
+    return len(array), lambda low, high, _: array[low:high].astype(dtype or array.dtype)
 
 
-def section(pieces: Sequence[Piece], start: int, size: int) -> jax.Array:
+def section(
+    pieces: Sequence[Piece], start: int, size: int, held: Any = lambda x: x
+) -> jax.Array:
     """Return `size` entries of `pieces`, laid end to end, and zeros behind them."""
     made, begin = [], 0
     for length, cut in pieces:
         low, high = max(start - begin, 0), min(start + size - begin, length)
         if low < high:
-            made.append(cut(low, high))
+            made.append(cut(low, high, held))
         begin += length
     missing = size - sum(map(len, made))
     dtype = made[0].dtype if made else jnp.float32
@@ -47,7 +50,9 @@ def reader(
 
     Each is put together by a branch of its own.
     """
-    branches = [functools.partial(section, pieces, first, size) for first in firsts]
+    # By itself, else XLA on CPUs finds row and column of each number by a division.
+    held = lax.optimization_barrier
+    branches = [lambda i=i: section(pieces, i, size, held) for i in firsts]
     return lambda i: lax.switch(i, branches)
 
 

@@ -88,13 +88,13 @@ class Gradient(NamedTuple):
 
 
 def _cut(
-    kind: Kind, held: Any, leaves: list[jax.Array], low: int, high: int
+    kind: Kind, roots: Any, leaves: list[jax.Array], low: int, high: int, held: Any
 ) -> jax.Array:
     """Return entries of the leaves of a kind, laid end to end, in the metric.
 
     Whole leaves are taken at once, and of others whole rows.
     """
-    leaf, made, (made_of, *scalars) = kind.leaf, [], held
+    leaf, made, (made_of, *scalars) = kind.leaf, [], roots
     rows, cols = leaf.matrix_shape
     while low < high:
         place, first = divmod(low, leaf.size)
@@ -108,8 +108,8 @@ def _cut(
             own = row[:, span, None], col[:, None]
         else:
             own = (made_of.reshape(-1, rows, cols)[which, span],)
-        roots = _inverse_roots(own, *scalars)
-        scaled = (values.astype(roots.dtype) * roots).reshape(-1)
+        inverse = _inverse_roots(own, *scalars)
+        scaled = held(values.astype(inverse.dtype) * inverse).reshape(-1)
         start = first - span.start * cols
         low += (taken := max(1, count) * (end - first))
         made.append(scaled[start : start + taken])
