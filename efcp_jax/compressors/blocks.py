@@ -48,10 +48,10 @@ class Blocks:
     counts = None
 
     @classmethod
-    def of(cls, layout: Layout, size: int | None, lanes: int | None = None) -> "Blocks":
+    def of(cls, layout: Layout, size: int | None, most: int | None = None) -> "Blocks":
         """Lay out leaves in blocks of `size`, or if None in the largest that there are.
 
-        In tiles of as many as `lanes`, or of all blocks of the leaves if these are few.
+        If `most` is given in tiles of as many blocks, or of all if there are fewer.
         """
         members: dict[int, tuple[int, ...]] = {}
         for index in layout.order:
@@ -66,20 +66,20 @@ class Blocks:
             size = size if len(copies) == 1 else min(size, _MESH_BLOCK)
         # Cut down to the leaves, never to a device's share of them, so that data
         # parallelism selects the same entries as one device.
-        unit, *shape = _cut_down(largest, size, lanes)
+        unit, size, lanes = _cut_down(largest, size, most)
         counts = [-(-n // unit) for n in totals]
         share = max(1, -(-sum(counts) // ways))
         if layout.chosen and any(leaf.axes for leaf in layout.leaves):
             whole = max(1, sum(leaf.whole_size for leaf in layout.leaves))
-            alone, *alike = _cut_down(whole, given or whole, lanes)
+            alone, *alike = _cut_down(whole, given or whole, most)
             count = share * layout.ways(layout.axes)
-            share += shape == alike and count == -(-whole // alone)
+            share += [size, lanes] == alike and count == -(-whole // alone)
         # The last group takes what makes the count divide among devices.
         counts[-1] += share * ways - sum(counts)
         # Not where it would be of ones: there may be millions of blocks.
         weights = np.repeat(1 / np.array(copies), counts) if copies != (1,) else None
         groups = tuple(zip(indices, counts, strict=True))
-        return cls(layout, *shape, share, groups, weights)
+        return cls(layout, size, lanes, share, groups, weights)
 
     @property
     def shape(self) -> tuple[int, ...]:

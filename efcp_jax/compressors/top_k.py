@@ -84,8 +84,7 @@ class SparseSpace(Blocks):
 
     def inner(self, window: Stored, row: Stored) -> jax.Array:  # noqa: D102
         values, offsets = self.storage.load(row, self.layout.dtype)
-        values = self._weighted(values)
-        return self.passes.inner(window, SparseRow(values, offsets))
+        return self.passes.inner(window, SparseRow(self._weighted(values), offsets))
 
     def dot(self, window: Stored, vector: jax.Array) -> jax.Array:  # noqa: D102
         return self.passes.dot(window, self._weighted(vector))
