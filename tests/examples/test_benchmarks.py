@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("common", "step", "scaling", "programs")
+    names = ("common", "beside", "step", "scaling", "programs")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
@@ -39,6 +39,17 @@ def test_step_benchmark_covers_every_optimizer_and_stage(load, tmp_path, block_s
     assert result["state_bytes"]["AdamW"] == 8 * 6000 + 4
     assert result["bound_milliseconds"] > 0
     assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_a_whole_step_is_shown_beside_adamw(load, tmp_path, capsys):
+    load("beside").main(["--width=8", "--layers=1", "--words=9", "--runs=1", "--warm=1",
+                         "--only", "sparse_ggt", "--output", str(tmp_path)])  # fmt: skip
+    steps = json.loads((tmp_path / "beside.json").read_text())["steps"]
+    assert set(steps) == {"AdamW", "sparse_ggt"}
+    size = 9 * 8 + 4 * 8**2 + 2 * 4 * 8**2 + 5 * 8 + 4 * 8 + 8
+    assert steps["AdamW"]["state_bytes"] == 8 * size + 4
+    assert steps["AdamW"]["next_to_adamw"] == 1
+    assert "| sparse_ggt |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
