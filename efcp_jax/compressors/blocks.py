@@ -111,9 +111,7 @@ class Blocks:
             pieces.append(jnp.zeros(count * self.unit - used, self.layout.dtype))
         flat = jnp.concatenate(pieces)
         if self.lanes and self.lanes < LANES:
-            # Else XLA would turn each of many small leaves by itself on TPUs.
-            keep = lax.optimization_barrier
-            flat = lax.platform_dependent(flat, tpu=keep, default=lambda x: x)
+            flat = passes.turned_together(flat)
         return self.layout.own(flat.reshape(-1, *self.shape[1:]), axis=0)
 
     def unpack(self, vector: jax.Array) -> chex.ArrayTree:

@@ -148,19 +148,24 @@ def convert(state: Any, source: Description, target: Description) -> Any:
 
 def _moments(held: Any, source: Layout, target: Layout, like: Any) -> dict[str, Any]:
     """Return the moments of every kind; what is alike here may not be there."""
-    leaves = {
-        index: jax.tree.map(lambda x, place=place: np.asarray(x)[place], held[name])
-        for name, indices in source.kinds.items()
-        for place, index in enumerate(indices)
-    }
+    leaves: dict[int, Any] = {}
+    for name, indices in source.kinds.items():
+        arrays = jax.tree.map(np.asarray, held[name])
+        # One leaf alone has an array of its own shape, unless there are factors.
+        bare = len(indices) == 1 and isinstance(arrays, np.ndarray)
+        for place, index in enumerate(indices):
+            one = lambda x, place=place: x[place]
+            leaves[index] = arrays if bare else jax.tree.map(one, arrays)
 
-    def stack(struct: Any, *each: np.ndarray) -> np.ndarray:
-        return np.stack([_fitted(x, struct.shape[1:]) for x in each])
+    def kind(name: str, indices: tuple[int, ...]) -> Any:
+        if len(indices) == 1 and not isinstance(like.moments[name], tuple):
+            return _fitted(leaves[indices[0]], like.moments[name].shape)
+        stack = lambda struct, *each: np.stack(
+            [_fitted(x, struct.shape[1:]) for x in each]
+        )
+        return jax.tree.map(stack, like.moments[name], *(leaves[i] for i in indices))
 
-    return {
-        name: jax.tree.map(stack, like.moments[name], *(leaves[i] for i in indices))
-        for name, indices in target.kinds.items()
-    }
+    return {name: kind(name, indices) for name, indices in target.kinds.items()}
 
 
 def _fitted(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

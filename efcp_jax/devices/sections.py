@@ -120,7 +120,7 @@ def write(
         parts = [_run(*between, *given) for between in itertools.pairwise(cuts)]
         whole = jnp.concatenate(parts)
         cut = [
-            lax.dynamic_slice_in_dim(whole, at_run_time(end - size), size)
+            lax.dynamic_slice_in_dim(whole, at_run_time(int(end) - size), size)
             for end, size in zip(ends, sizes, strict=True)
         ]
         cut = lax.optimization_barrier(cut) if copied else cut

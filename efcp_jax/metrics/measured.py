@@ -95,6 +95,9 @@ def _cut(
     Whole leaves are taken at once, and of others whole rows.
     """
     leaf, made, (made_of, *scalars) = kind.leaf, [], roots
+    if kind.bare and high - low == leaf.size:
+        whole = leaves[0].astype(made_of[0].dtype) * _inverse_roots(made_of, *scalars)
+        return held(whole).reshape(-1)
     rows, cols = leaf.matrix_shape
     while low < high:
         place, first = divmod(low, leaf.size)
@@ -107,7 +110,7 @@ def _cut(
             row, col = (x.reshape(len(x), -1)[which] for x in made_of)
             own = row[:, span, None], col[:, None]
         else:
-            own = (made_of.reshape(-1, rows, cols)[which, span],)
+            own = (made_of[0].reshape(-1, rows, cols)[which, span],)
         inverse = _inverse_roots(own, *scalars)
         scaled = held(values.astype(inverse.dtype) * inverse).reshape(-1)
         start = first - span.start * cols
@@ -123,7 +126,8 @@ def _times_roots(
 ) -> jax.Array:
     """Return a leaf in the metric, of what the roots of its kind are made of."""
     index = lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False)
-    made_of = jax.tree.map(index, jax.tree.leaves(made_of))
+    # Of one leaf alone they are of its shape.
+    made_of = [x if x.shape == leaf.shape else index(x) for x in made_of]
     if len(made_of) > 1:
         row, col = made_of
         made_of = row[..., None], col[(None,) * row.ndim]

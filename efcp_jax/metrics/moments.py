@@ -34,7 +34,8 @@ class MetricState(NamedTuple):
         mean: Mean of the moments over all parameters behind the last step; 0 before
             the first.
         moments: For the leaves of each shape, by name, those of g leaves in the order
-            of the parameters: an array `(g, ...)`, or a `Factored` of two.
+            of the parameters: an array `(g, ...)`, or a `Factored` of two. One leaf
+            alone that is not factored has an array of its shape.
     """
 
     mean: jax.Array
@@ -63,7 +64,7 @@ def of_kinds(
         first, *given = axes(len(kind.indices), kind.leaf)
         if kind.factored:
             return Factored(make((first, *given[:-1])), make((first, given[-1])))
-        return make((first, *given))
+        return make((*given,) if kind.bare else (first, *given))
 
     return {kind.name: one(kind) for kind in kinds_of(layout, factored)}
 
@@ -75,6 +76,11 @@ class Kind(NamedTuple):
     leaf: Leaf  # any of them
     indices: tuple[int, ...]
     factored: bool
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is one leaf, whose moments have its own shape."""
+        return len(self.indices) == 1 and not self.factored
 
 
 def kinds_of(layout: Layout, factored: bool) -> list[Kind]:
@@ -93,7 +99,7 @@ def sums_of(kind: Kind, leaves: list[jax.Array]) -> list[jax.Array]:
     axis, `(g, ...)`, and over all others, `(g, n)`.
     """
     if not kind.factored:
-        return [_squares(jnp.stack(leaves))]
+        return [_squares(leaves[0] if kind.bare else jnp.stack(leaves))]
     rows, cols = _sides(kind.leaf)
 
     def means(values: jax.Array) -> list[jax.Array]:
@@ -115,7 +121,7 @@ class Observed(NamedTuple):
     """
 
     moments: Any
-    made_of: Any
+    made_of: list[jax.Array]
     total: jax.Array
 
 
@@ -130,7 +136,7 @@ def observe(
         moved = _towards(old, new[0], weight)
         copies = layout.ways(layout.axes) // layout.ways(leaf.axes)
         total = jnp.sum(moved.astype(layout.dtype) * (1 / (entries * copies)))
-        return Observed(moved, moved, total)
+        return Observed(moved, [moved], total)
     by_row, by_col = new
     if leaf.col_axes:
         by_row = yield lax.psum, by_row, leaf.col_axes
@@ -147,7 +153,7 @@ def observe(
     row = wide / jnp.where(mean > 0, mean, 1)
     return Observed(
         Factored(new_rows, new_cols),
-        (root(row), root(new_cols.astype(layout.dtype))),
+        [root(row), root(new_cols.astype(layout.dtype))],
         jnp.sum(mean) * (rows * cols / (entries * layout.ways(layout.axes))),
     )
 

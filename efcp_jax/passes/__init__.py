@@ -21,4 +21,5 @@ from efcp_jax.passes.arrays import (
     overwrite as overwrite,
     row_scale as row_scale,
     subtract_products as subtract_products,
+    turned_together as turned_together,
 )

@@ -62,6 +62,12 @@ def row_scale(tree: chex.ArrayTree, scaled: bool) -> tuple[jax.Array, jax.Array]
     return power_of_two(jnp.max(jnp.stack([zero, *peaks])))
 
 
+def turned_together(array: jax.Array) -> jax.Array:
+    """Return `array`, of many small leaves; else a TPU would turn each by itself."""
+    keep = lax.optimization_barrier
+    return lax.platform_dependent(array, tpu=keep, default=lambda x: x)
+
+
 def of_stacked(
     function: Callable[[jax.Array], list[jax.Array]], leaves: Sequence[jax.Array]
 ) -> list[jax.Array]:

@@ -65,8 +65,7 @@ def feed(
     Parts of the vector follow each other, which each needs what the one before is done
     with: the gradient and its sum with the error in float32.
     """
-    units, *_ = jax.tree.leaves(error)[0].shape
-    unit, made = form.size * form.lanes, []
+    units, unit, made = len(jax.tree.leaves(error)[0]), form.size * form.lanes, []
     chunk = -(-units // min(_MOST_PARTS, -(-units * unit // _FED)))
     step = jax.jit(functools.partial(_fed, form))  # traced once for parts of one size
     for first in range(0, units, chunk):
@@ -164,11 +163,12 @@ def combine(
         each = form.per_entry(weights + zero)
         return _spread(form, values * each, offsets).reshape(-1)
 
-    units = len(jax.tree.leaves(window)[0])
+    units, entries, *_ = jax.tree.leaves(window)[0].shape
     if units * unit <= _FED:
         return reference.cut(sums(zero, 0, units), runs)
+    chunk = max(1, min(_FED // unit, _GATHERED // (2 * entries * form.lanes)))
     # Else XLA joins what is done with the leaves of all runs, which then wait for it.
-    return write(runs, unit, 2 * _FED // unit, sums, zero, copied=True)
+    return write(runs, unit, chunk, sums, zero, copied=True)
 
 
 def _row_by_row(form: Any, window: Stored, weights: jax.Array) -> jax.Array:

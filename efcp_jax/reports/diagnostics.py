@@ -105,14 +105,15 @@ def _of_metric(state: MetricState) -> tuple[jax.Array, jax.Array]:
     is_factored = lambda node: isinstance(node, Factored)
     for kept in jax.tree.leaves(state.moments, is_leaf=is_factored):
         parts = [x.astype(dtype) / known for x in jax.tree.leaves(kept)]
-        parts = [x.reshape(len(x), -1) for x in parts]  # of leaves that are alike
+        alike = len(parts[0]) if is_factored(kept) else 1  # of leaves that are alike
+        parts = [x.reshape(alike, -1) for x in parts]
         squares, roots = jnp.mean(parts[0], 1), jnp.mean(jnp.sqrt(parts[0]), 1)
         if is_factored(kept):  # the mean of a product of factors is that of the means
             roots *= jnp.mean(jnp.sqrt(parts[1]), 1)
             roots /= jnp.sqrt(jnp.where(squares > 0, squares, 1))
         size = math.prod(part.shape[1] for part in parts)
         totals.append(size * jnp.stack([jnp.sum(squares), jnp.sum(roots)]))
-        count += size * len(parts[0])
+        count += size * alike
     squares, roots = functools.reduce(jnp.add, totals) / float(max(count, 1))
     share = roots**2 / jnp.where(squares > 0, squares, 1)
     spread = jnp.where(squares > 0, jnp.sqrt(jnp.maximum(1 - share, 0)), 0)

@@ -42,8 +42,8 @@ def test_step_benchmark_covers_every_optimizer_and_stage(load, tmp_path, block_s
 
 
 def test_a_whole_step_is_shown_beside_adamw(load, tmp_path, capsys):
-    load("beside").main(["--width=8", "--layers=1", "--words=9", "--runs=1", "--warm=1",
-                         "--only", "sparse_ggt", "--output", str(tmp_path)])  # fmt: skip
+    small = "--width=8 --layers=1 --words=9 --runs=1 --warm=1 --only sparse_ggt"
+    load("beside").main([*small.split(), "--output", str(tmp_path)])
     steps = json.loads((tmp_path / "beside.json").read_text())["steps"]
     assert set(steps) == {"AdamW", "sparse_ggt"}
     size = 9 * 8 + 4 * 8**2 + 2 * 4 * 8**2 + 5 * 8 + 4 * 8 + 8

@@ -244,8 +244,8 @@ def test_moments_have_the_shapes_and_the_dtype_that_are_documented():
     assert kept["6x4"].rows.shape == (1, 6)
     assert kept["6x4"].cols.shape == (1, 4)
     assert kept["2x3x5"].rows.shape == (1, 2, 3)
-    assert kept["7"].shape == (1, 7)
-    assert kept["1"].shape == (1,)
+    assert kept["7"].shape == (7,)
+    assert kept["1"].shape == ()
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
     assert state.metric.mean.dtype == jnp.float32
     report = efcp_jax.memory_report(tx, params())
@@ -254,7 +254,8 @@ def test_moments_have_the_shapes_and_the_dtype_that_are_documented():
 
 
 def test_moments_of_leaves_that_are_alike_are_stacked_and_those_of_each():
-    history = [{**g, "w2": 3 * g["w"], "a": g["v"] + 1} for g in gradients()]
+    more = lambda g: {"w2": 3 * g["w"], "a": g["v"] + 1}
+    history = [g | more(g) for g in gradients()]
     tree = jax.tree.map(jnp.zeros_like, history[0])
     tx = efcp_jax.scale_by_ggt(3, metric=efcp_jax.diagonal_metric())
     kept = aliases.run(tx, tree, history)[1].metric.moments
