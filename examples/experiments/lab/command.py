@@ -161,7 +161,10 @@ def _trainer(args, workload, spec, steps):
 
 
 def _rates(args, spec) -> Sequence[float]:
-    centre = optimizers.REGISTRY[spec.name].centre(spec.settings)
+    entry = optimizers.REGISTRY[spec.name]
+    centre = entry.centre(spec.settings)
+    if entry.searches:
+        return [centre]
     match args.learning_rates:
         case ["grid"] | ["search"]:
             return schedules.grid(centre, args.grid_size, args.grid_factor)

@@ -5,12 +5,11 @@ import inspect
 import json
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 import efcp_jax
+from lab import baselines
 
 
 class Entry(NamedTuple):
@@ -19,10 +18,13 @@ class Entry(NamedTuple):
     Attributes:
         make: From a learning rate and settings to a gradient transformation.
         centre: From the settings to the learning rate that its grid lies around.
+        searches: Whether a line search finds the length of steps, so that there is no
+            grid.
     """
 
     make: Callable[..., optax.GradientTransformation]
     centre: Callable[[dict[str, Any]], float]
+    searches: bool = False
 
 
 class Spec(NamedTuple):
@@ -37,54 +39,17 @@ class Spec(NamedTuple):
         return ":".join([self.name, *([",".join(pairs)] if pairs else [])])
 
 
-def _sgd(learning_rate, momentum=0.9, nesterov=False, weight_decay=0.0):
-    """Momentum with the decay in the gradient, as is usual for it."""
-    sgd = optax.sgd(learning_rate, momentum, nesterov)
-    if not weight_decay:
-        return sgd
-    return optax.chain(optax.add_decayed_weights(weight_decay), sgd)
-
-
-def _adamw(b2):
-    def make(learning_rate, b1=0.9, b2=b2, eps=1e-8, weight_decay=0.0):
-        return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
-
-    return make
-
-
-def _muon(learning_rate, beta=0.95, weight_decay=0.0):
-    """Muon for what lies inside of the model, Adam for its two ends and vectors.
-
-    Updates are scaled to the size of AdamW's, so that one learning rate serves both.
-    """
-    return muon(
-        learning_rate,
-        beta=beta,
-        weight_decay=weight_decay,
-        adam_b2=0.95,
-        muon_weight_dimension_numbers=_inner_matrices,
-        consistent_rms=0.2,
-    )
-
-
-def _inner_matrices(params):
-    """Name the axes of all matrices and kernels but embeddings and the head."""
-
-    def axes(path, leaf):
-        name = jax.tree_util.keystr(path)
-        if leaf.ndim < 2 or "embed" in name or "head" in name:
-            return None
-        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
 ALIASES = ("mfac", "sparse_mfac", "low_rank_mfac", "ggt", "sparse_ggt", "low_rank_ggt")
 REGISTRY = {
-    "adamw_b95": Entry(_adamw(0.95), lambda _: 8e-3),
-    "adamw_b999": Entry(_adamw(0.999), lambda _: 8e-3),
-    "sgd": Entry(_sgd, lambda _: 0.2),
-    "muon": Entry(_muon, lambda _: 1.6e-2),
+    "adamw_b95": Entry(baselines.adamw(0.95), lambda _: 8e-3),
+    "adamw_b999": Entry(baselines.adamw(0.999), lambda _: 8e-3),
+    "sgd": Entry(baselines.sgd, lambda _: 0.2),
+    "muon": Entry(baselines.muon, lambda _: 1.6e-2),
+    "lbfgs": Entry(baselines.lbfgs, lambda _: 1.0, searches=True),
+    # Its authors: as Adam's, "maybe slightly lower (like /2)".
+    "psgd_kron": Entry(baselines.psgd_kron, lambda _: 4e-3),
+    # Its page gives it and Adam the same one.
+    "prism": Entry(baselines.prism, lambda _: 8e-3),
 }
 for _name in ALIASES:
     # The library's rules of thumb: 1 / window for M-FAC, 1 for GGT, and ten times less

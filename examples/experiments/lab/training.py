@@ -141,9 +141,13 @@ class Trainer:
         params, statistics, state = carry
         batch = self.workload.batch(data, item, jax.random.fold_in(key, number))
         gradient_of = jax.value_and_grad(self.workload.loss, has_aux=True)
-        (loss, statistics), gradient = gradient_of(params, statistics, batch)
-        updates, state = self.optimizer(peak).update(gradient, state, params)
-        return (optax.apply_updates(params, updates), statistics, state), loss
+        (loss, after), gradient = gradient_of(params, statistics, batch)
+        # What line searches take, and all others ignore.
+        value_fn = lambda params: self.workload.loss(params, statistics, batch)[0]
+        extra = {"value": loss, "grad": gradient, "value_fn": value_fn}
+        tx = optax.with_extra_args_support(self.optimizer(peak))
+        updates, state = tx.update(gradient, state, params, **extra)
+        return (optax.apply_updates(params, updates), after, state), loss
 
     def _scanned(self, carry, items, numbers, *fixed):
         step = lambda carry, each: self._step(carry, *each, *fixed)
