@@ -62,7 +62,7 @@ def base(args, workload):
     return states
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, run=command.run) -> None:
     parser = command.options(__doc__)
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--data", choices=("digits", "text"), default="digits")
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     workload = second._replace(
         init=lambda key: tuple(states), config={**second.config, **start}
     )
-    command.run(parser, args, workload)
+    run(parser, args, workload)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ MODELS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, run=command.run) -> None:
     parser = command.options(__doc__, BATCH_SEEDS)
     sources.add_options(parser)
     add = parser.add_argument_group("model").add_argument
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         workload = sources.workload(args, MODELS[args.model], "images", config)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    command.run(parser, args, workload)
+    run(parser, args, workload)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ PUBLISHED = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, run=command.run) -> None:
     parser = command.options(__doc__, BATCH_SEEDS)
     add = parser.add_argument_group("features").add_argument
     add("--features", type=Path, help="an .npz file with the four arrays")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         workload = regression.workload(features, args.batch_size)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    command.run(parser, args, workload)
+    run(parser, args, workload)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 
 import finetune
 import images
+import physics
 import probe
 import text
 import vit
@@ -22,6 +23,7 @@ COMMANDS = {
     "vit": vit.main,
     "text": text.main,
     "finetune": finetune.main,
+    "physics": physics.main,
 }
 COMPRESSED = ("sparse_mfac", "low_rank_mfac", "sparse_ggt", "low_rank_ggt")
 GGT, MFAC = "sparse_ggt:metric=true", "sparse_mfac:metric=true"

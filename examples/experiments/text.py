@@ -15,7 +15,7 @@ from lab import characters, command
 BATCH_SEEDS = 1
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, run=command.run) -> None:
     parser = command.options(__doc__, BATCH_SEEDS)
     add_options(parser)
     args = parser.parse_args(argv)
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         workload = make(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    command.run(parser, args, workload)
+    run(parser, args, workload)
 
 
 def add_options(parser):

@@ -105,7 +105,7 @@ def _peer(name, version):
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"this optimizer is of the package {name} ({version}, Python 3.12 or newer),"
+            f"this optimizer is of the package {name} ({version}; Python 3.12 or newer)"
             f" which cannot be imported: {error}; python -m pip install -e '.[peers]'"
         ) from None
 

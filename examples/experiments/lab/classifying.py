@@ -30,9 +30,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def sums(logits: jax.Array, labels: jax.Array) -> dict[str, Any]:
-    """Return how many labels there are, how many are right, and the sum of losses."""
+    """Return how many labels there are, the sum of losses, and how many are right."""
     return {
         "count": jnp.float32(labels.size),
         "loss": cross_entropy(logits, labels).sum(),
-        "correct": jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32),
+        "accuracy": jnp.sum(logits.argmax(-1) == labels).astype(jnp.float32),
     }

@@ -104,9 +104,9 @@ def _line(outcomes):
     """Return the outcome of some seeds in a line."""
     means = {
         name: sum(each[name] for each in outcomes) / len(outcomes)
-        for name in ("loss", "accuracy", "seconds")
+        for name in ("loss", "accuracy", "error", "seconds")
+        if name in outcomes[0]
     }
-    return (
-        f"loss {means['loss']:.4f}, accuracy {means['accuracy']:.4f},"
-        f" {means['seconds']:.1f} s a run"
-    )
+    seconds = means.pop("seconds")
+    told = [f"{name} {mean:.4f}" for name, mean in means.items()]
+    return f"{', '.join(told)}, {seconds:.1f} s a run"

@@ -135,10 +135,10 @@ def _columns(table: Table) -> dict[str, Callable[[Line], str]]:
     """Return what is told of a line, by the heads of columns."""
     of_seeds = lambda name, form: lambda line: spread(line.values(name), form)
     runs = [run for line in table.lines for run in line.runs]
-    columns = {
-        "loss": of_seeds("loss", ".4g"),
-        "accuracy": of_seeds("accuracy", ".4f"),
-    }
+    columns = {"loss": of_seeds("loss", ".4g")}
+    for name in ("accuracy", "error"):
+        if all(name in run for run in runs):
+            columns[name] = of_seeds(name, ".4f")
     if all("test_loss" in run for run in runs):
         columns |= {
             "test loss": of_seeds("test_loss", ".4g"),

@@ -1,6 +1,6 @@
 """The compiled training loop, over several seeds at once where that is asked for."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import math
 import time
@@ -79,17 +79,13 @@ class Trainer:
         """
         between = steps // evaluations
         chunk = divisor(between, self.workload.chunk)
-        streams = [self.workload.batches(np.random.default_rng(s)) for s in seeds]
-        keys = self._stack([jax.random.key(seed) for seed in seeds])
-        fixed = (keys, self.workload.data, jnp.float32(peak))
-        carry = self._init(keys, fixed[-1])
+        carry, streams, fixed = self._begin(peak, seeds)
         curve: dict[str, list] = {"step": [], "seconds": [], "train_loss": []}
         held_out, losses, seconds = [], [], 0.0
         with tqdm(total=steps, desc=title, unit="step", leave=False) as progress:
             for first in range(0, steps, chunk):
-                items = [self._stack([next(s) for s in streams]) for _ in range(chunk)]
                 numbers = np.arange(first, first + chunk, dtype=np.int32)
-                carry, loss, spent = self._chunk(carry, items, numbers, fixed)
+                carry, loss, spent = self._chunk(carry, streams, numbers, fixed)
                 seconds += spent
                 losses.append(loss)
                 progress.update(chunk)
@@ -113,6 +109,22 @@ class Trainer:
         outcomes = [outcome | {"step_bytes": step_bytes} for outcome in outcomes]
         return outcomes, carry[0], carry[1]
 
+    def losses(self, peak: float, seed: int, steps: int) -> Iterator[float]:
+        """Train one seed and yield the loss before every step."""
+        carry, streams, fixed = self._begin(peak, [seed])
+        chunk = divisor(steps, self.workload.chunk)
+        for first in range(0, steps, chunk):
+            numbers = np.arange(first, first + chunk, dtype=np.int32)
+            carry, loss, _ = self._chunk(carry, streams, numbers, fixed)
+            yield from loss[:, 0]
+
+    def _begin(self, peak, seeds):
+        """Return the first carry, the streams of batches, and what stays as it is."""
+        streams = [self.workload.batches(np.random.default_rng(s)) for s in seeds]
+        keys = self._stack([jax.random.key(seed) for seed in seeds])
+        fixed = (keys, self.workload.data, jnp.float32(peak))
+        return self._init(keys, fixed[-1]), streams, fixed
+
     def _step_bytes(self) -> int:
         """Return what a step holds at once beside the data set, as XLA plans it."""
         memory = self._compiled.memory_analysis()
@@ -121,7 +133,7 @@ class Trainer:
         return whole - sum(leaf.nbytes for leaf in jax.tree.leaves(self.workload.data))
 
     def _on(self, items: Iterable[Any], carry: Any) -> dict[str, np.ndarray]:
-        """Return the mean loss and the accuracy on `items`, one a seed."""
+        """Return the mean loss, and others, on `items`, one a seed."""
         params, statistics, _ = carry
         total: dict[str, Any] = {}
         for item in items:
@@ -130,8 +142,8 @@ class Trainer:
                 name: total.get(name, 0.0) + np.asarray(value, np.float64)
                 for name, value in sums.items()
             }
-        mean = lambda name: np.atleast_1d(total[name] / total["count"])
-        return {"loss": mean("loss"), "accuracy": mean("correct")}
+        count = total.pop("count")
+        return {name: np.atleast_1d(each / count) for name, each in total.items()}
 
     def _start(self, key, peak):
         params, statistics = self.workload.init(key)
@@ -153,8 +165,9 @@ class Trainer:
         step = lambda carry, each: self._step(carry, *each, *fixed)
         return jax.lax.scan(step, carry, (items, numbers))
 
-    def _chunk(self, carry, items, numbers, fixed):
+    def _chunk(self, carry, streams, numbers, fixed):
         """Make some steps and return the carry, losses `(steps, seeds)` and seconds."""
+        items = [self._stack([next(s) for s in streams]) for _ in numbers]
         if self.scan:
             stacked = jax.tree.map(lambda *each: np.stack(each), *items)
             calls = [(stacked, numbers)]
@@ -184,11 +197,11 @@ class Trainer:
 def _result(i, curve, held_out):
     """Return the curves of seed `i` and where they end, to six digits."""
     curve = curve | {"train_loss": [each[i] for each in curve["train_loss"]]}
-    for name in ("loss", "accuracy"):
+    for name in held_out[0]:
         curve[name] = [each[name][i] for each in held_out]
     for name in curve.keys() - {"step"}:
         curve[name] = [float(f"{value:.6g}") for value in curve[name]]
-    ends = {k: curve[k][-1] for k in ("loss", "accuracy", "train_loss", "seconds")}
+    ends = {k: curve[k][-1] for k in (*held_out[0], "train_loss", "seconds")}
     milliseconds = 1e3 * ends["seconds"] / curve["step"][-1]
     return {
         **ends,

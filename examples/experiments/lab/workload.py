@@ -23,7 +23,7 @@ class Workload(NamedTuple):
             statistics.
         evaluations: The items that the held-out data is evaluated on.
         evaluate: From parameters, statistics, `data` and an item to sums: `count`,
-            `loss` and `correct`.
+            `loss` and others, such as `accuracy`, whose means are told.
         per_epoch: Batches that make an epoch.
         chunk: Most steps that are compiled into one loop; fewer where items are large.
         convolutions: Whether the model has any, which decides how CPUs loop.
