@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lab import figures, optimizers, ranges, rate_figure, results
+from lab import drawing, optimizers, ranges, rate_figure, results
 from lab.command import positive
 import sweep
 
@@ -65,7 +65,7 @@ def _measure(own, scan, spec, workload):
     }
     told = {"config": config, "rate": seen.rate, "turn": seen.turn, **kept}
     path.with_suffix(".json").write_text(json.dumps(told) + "\n")
-    figures.save(rate_figure.rates(seen, f"{workload.name}, {spec}"), f"{path}.png")
+    drawing.save(rate_figure.rates(seen, f"{workload.name}, {spec}"), f"{path}.png")
     print(
         f"{spec} on {workload.name}: learning rate {seen.rate:g}; the smoothed loss is"
         f" lowest, {seen.smoothed.min():.4g}, at {seen.turn:.3g};"

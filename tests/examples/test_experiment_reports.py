@@ -1,5 +1,6 @@
 """Tables and figures of results that are made up here, with outcomes that are known."""
 
+import importlib.util
 import json
 
 
@@ -100,10 +101,14 @@ def test_figures_without_anything_to_show_are_left_out(load, tmp_path):
 
 def test_every_plan_names_optimizers_that_can_be_made(load):
     optimizers, sweep = load("lab.optimizers"), load("sweep")
+    peers = ("psgd_kron", "prism")
+    missing = () if importlib.util.find_spec("rollfast") else peers
     for specs in sweep.PLANS.values():
         assert len(set(specs)) == len(specs) > 4
         for text in specs:
-            optimizers.make(optimizers.parse(text), lambda step: 1.0)
+            spec = optimizers.parse(text)
+            if spec.name not in missing:
+                optimizers.make(spec, lambda step: 1.0)
 
 
 def test_a_sweep_runs_the_grid_of_every_optimizer(load, tmp_path, monkeypatch):

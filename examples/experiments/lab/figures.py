@@ -1,27 +1,14 @@
-"""Figures of a table: curves, memory, feedback and sensitivity, each a small PNG."""
+"""Figures of a table: curves, memory, feedback and sensitivity."""
 
-import io
-
-import matplotlib
 import numpy as np
-from PIL import Image
 
+from lab.drawing import COLORS, finite, in_legend, label_loss, legend_below, plain, plt
 from lab.optimizers import ALIASES, REGISTRY, Spec
 from lab.summary import Line, Table
 
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt, ticker
-
-
-DPI = 80
-PALETTE = 160  # colours of a file
 MOST = 12  # lines that can be told apart, those of lowest loss
-COLORS = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
 STYLES = ("-", "--", ":", "-.")
-_DTYPES = {None: "float32", "bfloat16": "bf16"}
-LOG = 8  # ratio of losses from which their axis is logarithmic
 
 
 def curves(table: Table):
@@ -32,24 +19,26 @@ def curves(table: Table):
         style = {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 4]}
         for axis, name in zip(axes, ("step", "seconds"), strict=True):
             x = line.curve(name).mean(axis=0)
-            axis.plot(x, loss.mean(axis=0), label=_name(line.spec), **style)
+            axis.plot(x, loss.mean(axis=0), label=in_legend(line.spec), **style)
             axis.fill_between(
                 x, loss.min(axis=0), loss.max(axis=0), alpha=0.15, color=style["color"]
             )
     for axis, name in zip(axes, ("step", "seconds"), strict=True):
         axis.set(xlabel=name)
         axis.grid(alpha=0.3)
-    _loss_axis(axes[0])
-    return _legend_below(figure, axes[0])
+    label_loss(axes[0], table)
+    return legend_below(figure, axes[0])
 
 
 def memory(table: Table):
-    """Draw loss and accuracy against the bytes of state a parameter."""
+    """Draw loss and accuracy, or error, against the bytes of state a parameter."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    runs = [run for line in table.lines for run in line.runs]
+    names = ("loss", "accuracy" if "accuracy" in runs[0] else "error")
     for i, line in enumerate(_lowest(table)):
         x = max(line.runs[0]["bytes_per_parameter"], 0.1)  # logarithmic
         style = {"color": COLORS[i % 10], "marker": "osD^"[i // 10 % 4]}
-        for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for axis, name in zip(axes, names, strict=True):
             values = line.values(name)
             bars = [[values.mean() - values.min()], [values.max() - values.mean()]]
             axis.errorbar(
@@ -57,20 +46,20 @@ def memory(table: Table):
                 values.mean(),
                 yerr=bars,
                 linestyle="",
-                label=_name(line.spec),
+                label=in_legend(line.spec),
                 **style,
             )
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    for axis, name in zip(axes, names, strict=True):
         axis.set(xscale="log", xlabel="bytes of state a parameter", ylabel=name)
         axis.grid(alpha=0.3)
-        _plain(axis)
-    _loss_axis(axes[0])
-    return _legend_below(figure, axes[0])
+        plain(axis)
+    label_loss(axes[0], table)
+    return legend_below(figure, axes[0])
 
 
 def feedback(table: Table):
     """Draw the loss with and without error feedback; None without such a pair."""
-    best = {str(line.spec): line for line in _finite(table.best())}
+    best = {str(line.spec): line for line in finite(table.best())}
     pairs = []
     for line in best.values():
         if line.spec.settings.get("error_feedback") is False:
@@ -80,7 +69,7 @@ def feedback(table: Table):
     if not pairs:
         return None
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.7 * len(pairs)))
-    names = [_name(with_feedback.spec) for with_feedback, _ in pairs]
+    names = [in_legend(with_feedback.spec) for with_feedback, _ in pairs]
     for offset, label in ((-0.2, "error feedback"), (0.2, "none")):
         lines = [pair[offset > 0] for pair in pairs]
         x = np.concatenate([line.values("loss") for line in lines])
@@ -105,17 +94,17 @@ def sensitivity(table: Table):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     best = table.best()
     for i, chosen in enumerate(_lowest(table)):
-        lines = _finite(table.of(chosen.spec))
+        lines = finite(table.of(chosen.spec))
         if len(lines) > 1:
             rates = np.array([line.learning_rate for line in lines])
             style = {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 4]}
             centre = REGISTRY[chosen.spec.name].centre(chosen.spec.settings)
-            _band(axes[0], rates / centre, lines, style, _name(chosen.spec))
+            _band(axes[0], rates / centre, lines, style, in_legend(chosen.spec))
     families: dict[str, list[tuple[float, Line]]] = {}
-    for line in _finite(best):
+    for line in finite(best):
         name, value = damping(line.spec)
         if name:
-            label = f"{_name(_without(line.spec, name))}, {name}"
+            label = f"{in_legend(_without(line.spec, name))}, {name}"
             families.setdefault(label, []).append((value, line))
     for i, (label, family) in enumerate(sorted(families.items())):
         if len(family) > 1:
@@ -134,11 +123,11 @@ def sensitivity(table: Table):
         else:
             axis.remove()
     if axes[0].lines:
-        _plain(axes[0])
+        plain(axes[0])
     if axes[1].lines:
         axes[1].legend(fontsize=7)
-    _loss_axis(axes[0] if axes[0].lines else axes[1])
-    return _legend_below(figure, axes[0])
+    label_loss(axes[0] if axes[0].lines else axes[1], table)
+    return legend_below(figure, axes[0])
 
 
 def damping(spec: Spec) -> tuple[str, float]:
@@ -152,46 +141,13 @@ def _without(spec, name):
     return Spec(spec.name, {k: v for k, v in spec.settings.items() if k != name})
 
 
-def _finite(lines):
-    """Leave out what has diverged, which no axis has room for."""
-    return [line for line in lines if np.isfinite(line.values("loss")).all()]
-
-
 def _lowest(table):
     """Return the best lines of the baselines, and of our optimizers of lowest loss."""
-    lines = _finite(table.best())
+    lines = finite(table.best())
     lines.sort(key=lambda line: line.values("loss").mean())
     ours = [line for line in lines if line.spec.name in ALIASES]
     baselines = [line for line in lines if line.spec.name not in ALIASES]
     return baselines + ours[: MOST - len(baselines)]
-
-
-def _name(spec):
-    """Return a specification as a legend has room for it."""
-    settings = dict(spec.settings)
-    words = []
-    if isinstance(settings.get("metric"), bool):
-        words.append("metric" if settings.pop("metric") else "no metric")
-    if "window_size" in settings:
-        words.append(f"m={settings.pop('window_size')}")
-    dtypes = [settings.pop(f"{of}_dtype", None) for of in ("value", "error")]
-    if any(dtypes):
-        words.append("/".join(_DTYPES.get(each) or str(each) for each in dtypes))
-    if settings.pop("error_feedback", None) is False:
-        words.append("no feedback")
-    words += [f"{key}={value}" for key, value in settings.items()]
-    return ", ".join([spec.name, *words])
-
-
-def _plain(axis):
-    """Label a logarithmic axis of less than two decades by numbers in full."""
-    low, high = axis.get_xlim()
-    if high / low < 100:
-        ticks = [n * 10**e for e in range(-9, 10) for n in (1, 2, 3, 5)]
-        axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axis.set_xlim(low, high)
 
 
 def _band(axis, x, lines, style, label):
@@ -201,38 +157,9 @@ def _band(axis, x, lines, style, label):
     axis.fill_between(x, lowest, highest, alpha=0.15, color=style["color"])
 
 
-def _loss_axis(axis):
-    low, high = axis.dataLim.y0, axis.dataLim.y1
-    if low > 0 and high / low > LOG:
-        axis.set_yscale("log")
-    axis.set_ylabel("loss on held-out data")
-
-
-def _legend_below(figure, axis):
-    """Put one legend under both axes, in a figure that grows with it."""
-    handles, labels = axis.get_legend_handles_labels()
-    if not labels:
-        return figure
-    columns = 4 if max(map(len, labels)) < 26 else 2
-    inches = 0.15 + 0.17 * -(-len(labels) // columns)
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + inches)
-    figure.tight_layout(rect=(0, inches / (height + inches), 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=7)
-    return figure
-
-
 KINDS = {
     "curves": curves,
     "memory": memory,
     "feedback": feedback,
     "sensitivity": sensitivity,
 }
-
-
-def save(figure, path) -> None:
-    """Write a figure as a small PNG, of few colours."""
-    whole = io.BytesIO()
-    figure.savefig(whole, dpi=DPI)
-    plt.close(figure)
-    Image.open(whole).convert("RGB").quantize(PALETTE).save(path, optimize=True)

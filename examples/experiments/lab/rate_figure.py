@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lab.figures import COLORS, plt
+from lab.drawing import COLORS, plt
 from lab.ranges import Range
 
 
