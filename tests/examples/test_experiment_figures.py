@@ -119,5 +119,5 @@ def test_errors_of_a_unit_are_told_and_drawn(load, tmp_path, runs):
     assert "| error |" in load("lab.summary").markdown(table)
     figure = load("lab.figures").memory(table)
     assert figure.axes[0].get_ylabel() == "log10 of the loss"
-    assert figure.axes[1].get_ylabel() == "error"
-    assert load("lab.beside").draw(table).axes[0].get_ylabel() == "error"
+    assert figure.axes[1].get_ylabel() == "log10 of the error"
+    assert load("lab.beside").draw(table).axes[0].get_ylabel() == "log10 of the error"

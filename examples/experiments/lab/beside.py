@@ -16,7 +16,10 @@ ROWS = {
     "sparse, no feedback": ("--", "s", False),
     "low rank, no feedback": (":", "^", False),
 }
-BASELINES = (("-", "D"), ("--", "P"), (":", "X"), ("-.", "v"))
+BASELINES = (
+    *(("-", "D"), ("--", "P"), (":", "X"), ("-.", "v")),
+    *(((0, (1, 3)), "*"), ((0, (6, 1, 1, 1, 1, 1)), "<")),
+)
 
 
 def draw(table: Table):
@@ -49,7 +52,9 @@ def draw(table: Table):
         axes[1].fill_between(
             x, loss.min(axis=0), loss.max(axis=0), alpha=0.1, color=color
         )
-    head = name.replace("_", " ")
+    unit = table.setup.get("unit")
+    head = f"{unit} of the error" if unit and name == "error" else name
+    head = head.replace("_", " ")
     axes[0].set(xscale="log", xlabel="bytes of state a parameter", ylabel=head)
     axes[1].set(xscale="log", xlabel="seconds")
     for axis in axes:

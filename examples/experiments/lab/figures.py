@@ -50,7 +50,9 @@ def memory(table: Table):
                 **style,
             )
     for axis, name in zip(axes, names, strict=True):
-        axis.set(xscale="log", xlabel="bytes of state a parameter", ylabel=name)
+        unit = table.setup.get("unit")
+        label = f"{unit} of the {name}" if unit else name
+        axis.set(xscale="log", xlabel="bytes of state a parameter", ylabel=label)
         axis.grid(alpha=0.3)
         plain(axis)
     label_loss(axes[0], table)
