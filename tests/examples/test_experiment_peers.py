@@ -38,7 +38,7 @@ def test_peers_descend(load, name):
         updates, state = tx.update(jax.grad(value)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (after, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, 40)
+    (after, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, 150)
     assert value(after) < 0.1 * value(params)
 
 
