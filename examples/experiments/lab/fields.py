@@ -4,6 +4,7 @@ Every step sees all points, so the loss is a function of the parameters alone.
 """
 
 from collections.abc import Callable
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +96,29 @@ def workload(name: str, width: int, layers: int, dtype: str) -> Workload:
     """
     problem = PROBLEMS[name]()
     cast = lambda x: jnp.asarray(x, dtype)
+    objective, evaluate = _functions(problem)
+    arrays = {**problem.data, "tests": problem.tests, "solution": problem.solution}
+    axes = problem.tests.shape[1]
+    start = lambda key: _start(key, axes, width, layers, problem.frequency)
+    return Workload(
+        name="physics",
+        config={
+            **{"problem": name, "width": width, "layers": layers, "dtype": dtype},
+            "unit": "log10",
+        },
+        data=jax.tree.map(cast, arrays),
+        init=lambda key: (jax.tree.map(cast, start(key)), ()),
+        batches=lambda rng: itertools.repeat(np.int32(0)),
+        batch=lambda data, item, key: data,
+        loss=lambda params, statistics, data: (objective(params, data), statistics),
+        evaluations=lambda: [np.int32(0)],
+        evaluate=evaluate,
+        per_epoch=1,
+    )
+
+
+def _functions(problem: Problem):
+    """Return the loss of parameters and data, and what is told of them."""
     apply = _network(problem.activation)
 
     def objective(params, data):
@@ -113,28 +137,7 @@ def workload(name: str, width: int, layers: int, dtype: str) -> Workload:
             "error": jnp.log10(error / jnp.linalg.norm(data["solution"])),
         }
 
-    axes = problem.tests.shape[1]
-    return Workload(
-        name="physics",
-        config={
-            **{"problem": name, "width": width, "layers": layers, "dtype": dtype},
-            "unit": "log10",
-        },
-        data=jax.tree.map(
-            cast,
-            {**problem.data, "tests": problem.tests, "solution": problem.solution},
-        ),
-        init=lambda key: (
-            jax.tree.map(cast, _start(key, axes, width, layers, problem.frequency)),
-            (),
-        ),
-        batches=lambda rng: iter(lambda: np.int32(0), None),  # the same for ever
-        batch=lambda data, item, key: data,
-        loss=lambda params, statistics, data: (objective(params, data), statistics),
-        evaluations=lambda: [np.int32(0)],
-        evaluate=evaluate,
-        per_epoch=1,
-    )
+    return objective, evaluate
 
 
 def _start(key, axes, width, layers, frequency) -> dict[str, Any]:
