@@ -45,10 +45,9 @@ def draw(table: Table):
     ):
         _point(axes[0], line, name, label, style, filled)
         x, loss = line.curve("seconds").mean(axis=0), line.curve("loss")
-        plain_style = {k: v for k, v in style.items() if k != "marker"}
-        alpha = 1.0 if filled else 0.5
-        axes[1].plot(x, loss.mean(axis=0), alpha=alpha, **plain_style)
         color = style["color"]
+        face = {"markerfacecolor": color if filled else "white", "markevery": [-1]}
+        axes[1].plot(x, loss.mean(axis=0), **face, **style)
         axes[1].fill_between(
             x, loss.min(axis=0), loss.max(axis=0), alpha=0.1, color=color
         )
