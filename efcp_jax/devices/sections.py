@@ -88,7 +88,8 @@ def at_run_time(number: int) -> jax.Array:
 
     XLA on CPUs compiles what is done at two such places once.
     """
-    return lax.optimization_barrier(jnp.int32(number))
+    # Unsigned, so that indexing looks for no negative ones.
+    return lax.optimization_barrier(np.uint32(number))
 
 
 def write(

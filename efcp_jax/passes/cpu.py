@@ -40,7 +40,7 @@ _FEWEST_ROUNDS = 8
 
 # Entries of a round of `feed`, whose gradient is read at once. One of many leaves has
 # as many branches as there are rounds.
-_ENTRIES = 1 << 18
+_ENTRIES = 1 << 19
 _MOST_ROUNDS = 64
 
 
