@@ -13,3 +13,9 @@ def test_program_is_no_larger_than_that_of_adamw(name):
     assert result["instructions"] < adamw["instructions"]
     assert result["temporary_bytes"] < 0.5 * result["state_bytes"]
     assert result["sorts"] == 0
+
+
+@pytest.mark.slow
+def test_default_is_a_program_of_kinds_of_leaves():
+    result = compiling.measure("cpu", "sparse_ggt-transformer")
+    assert compiling.over(result, {"percent": 25, "kernels": 1000}) == {}
