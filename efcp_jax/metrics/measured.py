@@ -96,8 +96,8 @@ def _cut(
     """
     leaf, made, (made_of, *scalars) = kind.leaf, [], roots
     if kind.bare and high - low == leaf.size:
-        whole = leaves[0].astype(made_of[0].dtype) * _inverse_roots(made_of, *scalars)
-        return held(whole).reshape(-1)
+        inverse = _inverse_roots(made_of, *scalars)
+        return held(leaves[0].astype(inverse.dtype) * inverse).reshape(-1)
     rows, cols = leaf.matrix_shape
     while low < high:
         place, first = divmod(low, leaf.size)
@@ -125,9 +125,8 @@ def _times_roots(
     leaf: jax.Array, made_of: Any, place: jax.Array, *scalars: jax.Array
 ) -> jax.Array:
     """Return a leaf in the metric, of what the roots of its kind are made of."""
-    index = lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False)
-    # Of one leaf alone they are of its shape.
-    made_of = [x if x.shape == leaf.shape else index(x) for x in made_of]
+    if len(made_of) > 1 or made_of[0].shape != leaf.shape:  # else of one leaf alone
+        made_of = [lax.dynamic_index_in_dim(x, place, keepdims=False) for x in made_of]
     if len(made_of) > 1:
         row, col = made_of
         made_of = row[..., None], col[(None,) * row.ndim]

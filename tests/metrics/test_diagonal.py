@@ -9,6 +9,9 @@ import oracles
 import pytest
 
 import efcp_jax
+from efcp_jax.devices import placement
+from efcp_jax.devices.sections import section
+from efcp_jax.metrics import Gradient, MetricState
 
 
 SHAPES = {"k": (2, 3, 5), "s": (), "v": (7,), "w": (6, 4)}
@@ -268,6 +271,28 @@ def test_moments_of_leaves_that_are_alike_are_stacked_and_those_of_each():
     weights = 0.95 ** np.arange(STEPS - 1, -1, -1.0)
     expected = np.average(squares, axis=0, weights=weights)
     np.testing.assert_allclose(kept["7"][0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_gradient_is_scaled_alike_as_a_whole_and_where_it_is_read(factored, dtype):
+    """As many leaves as each has rows, leaves alone, and reads that cut through rows."""
+    shapes = [(3, 5), (70, 300), (3, 5), (3, 5), (1000,), (40,), (40,), ()]
+    params = {str(i): jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draws = zip(params, keys, shapes, strict=True)
+    gradient = {name: jax.random.normal(key, shape) for name, key, shape in draws}
+    metric = efcp_jax.diagonal_metric(factored=factored, dtype=dtype)
+    layout = placement.layout(params, jnp.float32, None)
+    state = MetricState(jnp.float32(1), metric.init(layout).moments)
+    measured = metric.measure(layout, gradient, state, jnp.int32(0), True)
+    scaled = jax.tree.leaves(measured.scaled(gradient))
+    flat = np.concatenate([np.ravel(scaled[i]) for i in layout.order])
+    pieces = Gradient(gradient, measured).pieces(layout)
+    for size in (len(flat), 137, 5000):
+        parts = [section(pieces, at, size) for at in range(0, len(flat), size)]
+        read = np.concatenate(parts)[: len(flat)]
+        np.testing.assert_allclose(read, flat, rtol=5e-7)
 
 
 @pytest.mark.parametrize(
