@@ -53,8 +53,9 @@ def residual(
 
 def feeds(form: Any, error: Any) -> bool:
     """Return whether `feed` takes this error, and is worth its kernels."""
-    kept = jax.tree.leaves(error)[0]
-    return kept.size > _FED and form.storage.values.name in COMMUTING
+    few = form.tile is not None and form.kept <= MOST_MATCHES
+    commutes = form.storage.values.name in COMMUTING
+    return few and commutes and jax.tree.leaves(error)[0].size > _FED
 
 
 def feed(
@@ -62,8 +63,7 @@ def feed(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return rounded values and offsets of a row, and the error less them.
 
-    Parts of the vector follow each other, which each needs what the one before is done
-    with: the gradient and its sum with the error in float32.
+    Part follows part: each needs a sum with the gradient in float32.
     """
     units, unit, made = len(jax.tree.leaves(error)[0]), form.size * form.lanes, []
     chunk = -(-units // min(_MOST_PARTS, -(-units * unit // _FED)))

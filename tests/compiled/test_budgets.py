@@ -49,7 +49,7 @@ BUDGETS = {
     },
     # Vectors are fed and written part by part, of 8 MB each.
     "cuda": {
-        "sparse-1/128-m256-flat": FLAT | H100 | {"percent": 20, "kernels": 110},
+        "sparse-1/128-m256-flat": FLAT | H100 | {"percent": 30, "kernels": 110},
         "sparse-2/128-m64-flat": FLAT | H100 | {"percent": 30, "kernels": 120},
         "sparse-1/128-m1024-flat": H100 | {"percent": 15},
         "int8-1/128-m1024-flat": H100 | {"percent": 15, "kernels": 160},

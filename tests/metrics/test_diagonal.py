@@ -276,7 +276,7 @@ def test_moments_of_leaves_that_are_alike_are_stacked_and_those_of_each():
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("factored", [True, False])
 def test_a_gradient_is_scaled_alike_as_a_whole_and_where_it_is_read(factored, dtype):
-    """As many leaves as each has rows, leaves alone, and reads that cut through rows."""
+    """As many leaves as each has rows, leaves alone, and cuts through rows."""
     shapes = [(3, 5), (70, 300), (3, 5), (3, 5), (1000,), (40,), (40,), ()]
     params = {str(i): jnp.zeros(shape) for i, shape in enumerate(shapes)}
     keys = jax.random.split(jax.random.key(0), len(shapes))
