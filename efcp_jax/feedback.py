@@ -9,7 +9,6 @@ several behind their sum; what hangs on that is here.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -102,8 +101,9 @@ class Feedback:
         alone, measured = not space.layout.axes, None
         guarded = self.skip_nonfinite and alone
         if self.metric is None:
-            pieces = functools.partial(space.layout.pieces, updates)
-            finite = passes.finite(pieces, lambda: jax.tree.leaves(space.pack(updates)))
+            leaves = [*map(jnp.asarray, jax.tree.leaves(updates))]
+            kinds = [[leaves[i] for i in k] for k in space.layout.kinds.values()]
+            finite = passes.finite(kinds, lambda: jax.tree.leaves(space.pack(updates)))
         else:
             seen = state.count - state.skipped
             given = space.layout, updates, state.metric, seen, guarded

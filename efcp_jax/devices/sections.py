@@ -120,10 +120,10 @@ def write(
         given = unit, chunk, functools.partial(units, zero), zero
         parts = [_run(*between, *given) for between in itertools.pairwise(cuts)]
         whole = jnp.concatenate(parts)
-        cut = [
-            lax.dynamic_slice_in_dim(whole, at_run_time(int(end) - size), size)
-            for end, size in zip(ends, sizes, strict=True)
-        ]
+        places = (at_run_time(int(end) - n) for end, n in zip(ends, sizes, strict=True))
+        pairs = zip(places, sizes, strict=True)
+        cut = [lax.dynamic_slice_in_dim(whole, at, n) for at, n in pairs]
+        cut = cut if len(sizes) > 1 else [whole]
         cut = lax.optimization_barrier(cut) if copied else cut
         zero = zero_after(zero, *(cut if copied else [whole]))
         leaves += cut

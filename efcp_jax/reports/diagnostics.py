@@ -112,7 +112,7 @@ def _of_metric(state: MetricState) -> tuple[jax.Array, jax.Array]:
             roots *= jnp.mean(jnp.sqrt(parts[1]), 1)
             roots /= jnp.sqrt(jnp.where(squares > 0, squares, 1))
         size = math.prod(part.shape[1] for part in parts)
-        totals.append(size * jnp.stack([jnp.sum(squares), jnp.sum(roots)]))
+        totals.append(float(size) * jnp.stack([jnp.sum(squares), jnp.sum(roots)]))
         count += size * alike
     squares, roots = functools.reduce(jnp.add, totals) / float(max(count, 1))
     share = roots**2 / jnp.where(squares > 0, squares, 1)

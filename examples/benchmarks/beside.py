@@ -75,6 +75,7 @@ def prepared(tx, params, gradients, warm):
     compiled = lowered.compile()
     done = time.perf_counter()
     analysis = compiled.memory_analysis()
+    assert analysis is not None  # CPUs and GPUs have one
     known = {
         "trace_seconds": traced - start,
         "compile_seconds": done - traced,

@@ -34,8 +34,9 @@ def compressor(density, block_size):
 
 
 def finite(space, gradient):
-    pieces = lambda: space.layout.pieces(gradient)
-    return passes.finite(pieces, lambda: [space.pack(gradient)])
+    leaves = jax.tree.leaves(gradient)
+    kinds = [[leaves[i] for i in kind] for kind in space.layout.kinds.values()]
+    return passes.finite(kinds, lambda: [space.pack(gradient)])
 
 
 def stages(tx, space, params, gradient, window_size):

@@ -13,7 +13,8 @@ from efcp_jax.passes import finite, row_scale
 def test_one_entry_that_is_not_finite_is_found(platform, value, pretend):
     pretend(platform)
     leaves = [jnp.zeros((3, 5)), jnp.zeros(0), jnp.full(7, 3e38).at[4].set(value)]
-    found = finite(lambda: iter(leaves), lambda: leaves)
+    kinds = [leaves[:1] * 2, leaves[1:2], leaves[2:]]
+    found = finite(kinds, lambda: leaves)
     assert found == np.isfinite(value)
 
 
