@@ -177,9 +177,9 @@ def test_states_tell_of_the_error_as_it_is():
     report = efcp_jax.diagnostics(state)
     assert report["error_norm"] == pytest.approx(np.linalg.norm(vector), rel=1e-6)
     fields = efcp_jax.memory_report(tx, cases.params()).fields
-    # 44 parameters in blocks of 16: three blocks with a unit of two bytes each.
-    assert fields["error.values"] == 3 * 16
-    assert fields["error.units"] == 3 * 2
+    # 44 parameters in blocks of 16: a tile of three, with a unit of two bytes a line.
+    assert fields["error.values"] == 16 * 3
+    assert fields["error.units"] == 16 * 2
 
 
 @pytest.mark.slow

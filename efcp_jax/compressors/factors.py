@@ -146,7 +146,7 @@ class FactorSpace:
         (_, cols), (_, axes) = self.shape, self.axes
         # The same numbers as on one device.
         first = lax.axis_index(axes) * cols if axes else 0
-        numbers = quantized.uniform((cols, self.rank), jnp.int32(0), first)
+        numbers = quantized.uniform((cols, self.rank), jnp.int32(1), first)
         spread = math.sqrt(12 / (cols * self.layout.ways(axes)))
         return ((numbers - 0.5) * spread).astype(dtype).T
 
