@@ -102,7 +102,7 @@ class Feedback:
         guarded = self.skip_nonfinite and alone
         if self.metric is None:
             leaves = [*map(jnp.asarray, jax.tree.leaves(updates))]
-            kinds = [[leaves[i] for i in k] for k in space.layout.kinds.values()]
+            kinds = space.layout.by_kind(leaves)
             finite = passes.finite(kinds, lambda: jax.tree.leaves(space.pack(updates)))
         else:
             seen = state.count - state.skipped

@@ -116,6 +116,10 @@ class Layout:
             named[name + number] = tuple(found)
         return named
 
+    def by_kind(self, leaves: list[Any]) -> list[list[Any]]:
+        """Return what there is for each leaf, in lists of those that are alike."""
+        return [[leaves[i] for i in indices] for indices in self.kinds.values()]
+
     @property
     def order(self) -> list[int]:
         """The leaves as they are laid end to end: equal ones beside each other."""

@@ -1,4 +1,4 @@
-"""Leaves laid end to end, read and written some at a time, by loops on CPUs.
+"""Leaves laid end to end, read and written some at a time, on CPUs and GPUs.
 
 A section is read where its leaf lies: no array as long as the model is made to lay
 leaves side by side, or to widen them. Leaves are written a run of them at a time, so
@@ -120,10 +120,10 @@ def write(
         given = unit, chunk, functools.partial(units, zero), zero
         parts = [_run(*between, *given) for between in itertools.pairwise(cuts)]
         whole = jnp.concatenate(parts)
-        places = (at_run_time(int(end) - n) for end, n in zip(ends, sizes, strict=True))
-        pairs = zip(places, sizes, strict=True)
-        cut = [lax.dynamic_slice_in_dim(whole, at, n) for at, n in pairs]
-        cut = cut if len(sizes) > 1 else [whole]
+        cut = [whole]
+        if len(sizes) > 1:
+            pairs = zip(map(at_run_time, (ends - sizes).tolist()), sizes, strict=True)
+            cut = [lax.dynamic_slice_in_dim(whole, at, n) for at, n in pairs]
         cut = lax.optimization_barrier(cut) if copied else cut
         zero = zero_after(zero, *(cut if copied else [whole]))
         leaves += cut

@@ -60,8 +60,7 @@ class DiagonalMetric:
         `guarded`.
         """
         kinds = moments.kinds_of(layout, self.factored)
-        leaves = layout.wide(tree)
-        sums = [moments.sums_of(k, [leaves[i] for i in k.indices]) for k in kinds]
+        sums = [*map(moments.sums_of, kinds, layout.by_kind(layout.wide(tree)))]
         finite = passes.all_finite(jax.tree.leaves(sums))
         # The mean of all gradients so far at first, later one that forgets.
         count = seen.astype(layout.dtype) + 1

@@ -79,12 +79,11 @@ class Gradient(NamedTuple):
         # The parts of complex leaves lie beside each other, as in matrices.
         if self.measured is None or any(leaf.parts == 2 for leaf in layout.leaves):
             return [piece_of(x, layout.dtype) for x in layout.flat(self.tree)]
-        flat, leaves = [], jax.tree.leaves(self.plain)
-        for kind, held in self.measured.kinds:
-            size = len(kind.indices) * kind.leaf.size
-            each = [jnp.asarray(leaves[i]) for i in kind.indices]
-            flat.append((size, functools.partial(_cut, kind, held, each)))
-        return flat
+        leaves = layout.by_kind([*map(jnp.asarray, jax.tree.leaves(self.plain))])
+        return [
+            (len(each) * kind.leaf.size, functools.partial(_cut, kind, held, each))
+            for (kind, held), each in zip(self.measured.kinds, leaves, strict=True)
+        ]
 
 
 def _cut(

@@ -17,14 +17,13 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efcp_jax import quantized
 from efcp_jax.devices.collectives import vary_like
 from efcp_jax.devices.sections import part, reader, sweep, write
-from efcp_jax.numerics import indexed, saturate
+from efcp_jax.numerics import indexed
 from efcp_jax.passes import selection
 from efcp_jax.passes.entries import COMMUTING, SparseRow, Stored
 from efcp_jax.passes.gpu import MOST_MATCHES, matched
-from efcp_jax.passes.reference import residual as residual
+from efcp_jax.passes.reference import fed, residual as residual
 
 
 # Rounds of maxima that take less time than a bisection.
@@ -129,7 +128,7 @@ def feed(
     # The last round begins early enough to be as long as the others: another length
     # would be another program, whose gradient is read ahead.
     firsts = [min(i, units - chunk) for i in range(0, units, chunk)]
-    unit = form.size * form.lanes
+    unit, less = form.size * form.lanes, functools.partial(_less, form)
     read = reader(pieces, [unit * i for i in firsts], unit * chunk)
 
     def step(j: jax.Array, carry: Any, i: jax.Array, gradient: jax.Array) -> Any:
@@ -141,7 +140,9 @@ def feed(
         fresh = start + jnp.arange(few) >= i * chunk
         fresh = fresh.reshape(-1, *[1] * (kept.ndim - 1))
         added = part(gradient, j * few, few)
-        *row, rest = _fed(form, old, added, fresh & accept, count, start)
+        given = old, added, fresh & accept, count, start
+        # Held, since each of what reads the sum would add anew.
+        row, rest = fed(form, less, *given, held=lax.optimization_barrier)
         if few == chunk:
             # Computed on all cores before it is written, which is done on one.
             rest = lax.optimization_barrier(rest)
@@ -160,21 +161,6 @@ def feed(
     start = vary_like((error, accept), (error, *row))
     error, *row = lax.fori_loop(0, len(firsts), steps, start)
     return *row, error
-
-
-def _fed(
-    form: Any, old: Any, gradient: jax.Array, new: jax.Array, count: Any, start: Any
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Return what `feed` does, of the units from `start` on that are `new`."""
-    before = quantized.load(old, jnp.float32)
-    total = saturate(before + jnp.where(new, gradient, 0), jnp.float32)
-    # Else each of what reads it would add anew.
-    total = lax.optimization_barrier(total)
-    values, offsets = form.select(total)
-    # A scale for the row can be found behind the last round.
-    values = form.storage.near(values, offsets)
-    rest = _less(form, total, jnp.where(new, values, 0), offsets)
-    return values, offsets, quantized.store(rest, old, new, count, start)
 
 
 def _few(form: Any) -> bool:

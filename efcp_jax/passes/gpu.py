@@ -15,10 +15,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efcp_jax import quantized
 from efcp_jax.devices.collectives import vary_like
 from efcp_jax.devices.sections import at_run_time, part, section, sweep, write
-from efcp_jax.numerics import contract, indexed, saturate
+from efcp_jax.numerics import contract, indexed
 from efcp_jax.passes import reference, selection
 from efcp_jax.passes.entries import COMMUTING, SparseRow, Stored
 
@@ -67,7 +66,8 @@ def feed(
     """
     units, unit, made = len(jax.tree.leaves(error)[0]), form.size * form.lanes, []
     chunk = -(-units // min(_MOST_PARTS, -(-units * unit // _FED)))
-    step = jax.jit(functools.partial(_fed, form))  # traced once for parts of one size
+    # Traced once for parts of one size.
+    step = jax.jit(functools.partial(reference.fed, form, form.residual))
     for first in range(0, units, chunk):
         number, at = min(chunk, units - first), at_run_time(first)
         added = section(pieces, first * unit, number * unit)
@@ -78,17 +78,6 @@ def feed(
         made.append(row)
     values, offsets = map(jnp.concatenate, zip(*made, strict=True))
     return values, offsets, error
-
-
-def _fed(form: Any, old: Any, added: Any, accept: Any, count: Any, start: Any) -> Any:
-    """Return what `feed` does, of the units from `start` on."""
-    before = quantized.load(old, added.dtype)
-    new = jnp.where(accept, added.reshape(before.shape), 0)
-    total = saturate(before + new, added.dtype)
-    values, offsets = form.select(total)
-    values = form.storage.near(values, offsets)
-    rest = form.residual(total, jnp.where(accept, values, 0), offsets)
-    return (values, offsets), quantized.store(rest, old, accept, count, start)
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:

@@ -3,12 +3,15 @@
 This is what `cpu`, `gpu` and `tpu` must compute, and the form of all other platforms.
 """
 
+from collections.abc import Callable
 import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from efcp_jax import quantized
+from efcp_jax.numerics import saturate
 from efcp_jax.passes.entries import SparseRow, Stored
 from efcp_jax.passes.selection import magnitudes
 
@@ -29,6 +32,30 @@ def residual(
     return _at(vector, offsets).add(
         -values, mode="promise_in_bounds", unique_indices=True
     )
+
+
+def fed(
+    form: Any,
+    less: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    old: Any,
+    added: jax.Array,
+    new: jax.Array,
+    count: jax.Array,
+    start: jax.Array,
+    held: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """Return a rounded part of a row, and what is left of an error plus `added`.
+
+    They are of the units from `start` on, of which those that are `new` are fed; `less`
+    is the residual. A scale for the row can be found behind the last part.
+    """
+    before = quantized.load(old, added.dtype)
+    fresh = jnp.where(new, added.reshape(before.shape), 0)
+    total = held(saturate(before + fresh, added.dtype))
+    values, offsets = form.select(total)
+    values = form.storage.near(values, offsets)
+    rest = less(total, jnp.where(new, values, 0), offsets)
+    return (values, offsets), quantized.store(rest, old, new, count, start)
 
 
 def inner(form: Any, window: Stored, row: SparseRow) -> jax.Array:

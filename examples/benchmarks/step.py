@@ -34,8 +34,7 @@ def compressor(density, block_size):
 
 
 def finite(space, gradient):
-    leaves = jax.tree.leaves(gradient)
-    kinds = [[leaves[i] for i in kind] for kind in space.layout.kinds.values()]
+    kinds = space.layout.by_kind(jax.tree.leaves(gradient))
     return passes.finite(kinds, lambda: [space.pack(gradient)])
 
 
