@@ -37,10 +37,10 @@ _COMBINE = 1 << 12
 # Rounds that a sum is worth to be set up for.
 _FEWEST_ROUNDS = 8
 
-# Entries of a round of `feed`, whose gradient is read at once. One of many leaves has
-# as many branches as there are rounds.
-_ENTRIES = 1 << 19
-_MOST_ROUNDS = 64
+# Entries of a round of `feed`, whose gradient is read at once; more where there would
+# be too many rounds: each has a branch of its own, to be traced and compiled.
+_ENTRIES = 1 << 18
+_MOST_ROUNDS = 20
 
 
 select = functools.partial(

@@ -137,11 +137,12 @@ class Form:
     ) -> tuple[Any, jax.Array, Any]:
         """Do what `Space.feed` does, but for the basis, in `dtype`.
 
-        TPUs do it in one pass over all, CPUs and GPUs over some blocks after others.
+        TPUs do it in one pass over all, CPUs and others over some blocks after others.
         Their `feed` returns values, rounded, and offsets of the row, float32 and int32,
         of which `finish` makes the row as it is stored and its scale; `pieces` is how
-        they read `gradient`. The others do it `by_parts`, in pass after pass, and a
-        derivative is that of this form.
+        they read `gradient`. An error that a platform does not take is fed `by_parts`,
+        in pass after pass, and a derivative is that of this form. As few forms as
+        possible are named: each of them is traced, whatever the platform.
         """
 
         def fed(module: Any, read: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -153,15 +154,14 @@ class Form:
 
         shape = jax.tree.leaves(error)[0].shape
         whole = lambda pieces: section(pieces, 0, math.prod(shape)).reshape(shape)
-        forms = {}
-        if tpu.feeds(self, error):
-            forms["tpu"] = fed(tpu, whole)
-        if gpu.feeds(self, error):
-            forms["cuda"] = fed(gpu, tuple)
-        if cpu.feeds(self, error, dtype):
-            forms["cpu"] = fed(cpu, tuple)
+        others = fed(gpu, tuple) if gpu.feeds(self, error) else by_parts
+        forms = {
+            "cpu": fed(cpu, tuple) if cpu.feeds(self, error, dtype) else by_parts,
+            "tpu": fed(tpu, whole) if tpu.feeds(self, error) else by_parts,
+        }
+        forms = {name: form for name, form in forms.items() if form is not others}
         run = jax.custom_jvp(
-            lambda *given: lax.platform_dependent(*given, default=by_parts, **forms)
+            lambda *given: lax.platform_dependent(*given, default=others, **forms)
         )
         run.defjvp(functools.partial(jax.jvp, by_parts))
         return run(gradient, error, accept, count)
