@@ -162,6 +162,41 @@ def test_augmented_images_are_shifts_and_flips(load):
     assert len(seen) > 12  # of 18
 
 
+def test_small_images_are_means_of_squares(load):
+    module, rng = load("lab.pictures"), np.random.default_rng(0)
+    parts = [
+        (rng.integers(0, 256, (n, 4, 6, 2), np.uint8), np.arange(n)) for n in (5, 3, 2)
+    ]
+    data = module.Pictures("x", *parts[:2], 5, (0.0,), (1.0,), False, parts[2])
+    small = module.shrunk(data._replace(mean=(0.1,) * 2), 2)
+    for new, (images, labels) in zip(
+        (small.train, small.test, small.held_out), parts, strict=True
+    ):
+        assert new[0].dtype == np.uint8
+        np.testing.assert_array_equal(new[1], labels)
+        for place in np.ndindex(len(images), 2, 2, 2):
+            n, row, column, channel = place
+            square = images[
+                n, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3, channel
+            ]
+            assert abs(new[0][place] - square.astype(float).mean()) <= 0.501
+    scaled = small.train[0].astype(float).reshape(-1, 2) / 255
+    np.testing.assert_allclose(small.mean, scaled.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(small.deviation, scaled.std(axis=0), rtol=1e-5)
+    assert small.name != data.name
+    with pytest.raises(ValueError, match=r"--image-size 4 must divide .* 4 x 6"):
+        module.shrunk(data, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 7, 5, 2)])
+def test_pooling_is_that_of_flax(load, shape):
+    from flax import nnx
+
+    x = nnx.relu(jax.random.normal(jax.random.key(0), shape))
+    expected = nnx.max_pool(x, (2, 2), (2, 2), padding="SAME")
+    np.testing.assert_array_equal(load("lab.convolutional")._pooled(x), expected)
+
+
 @pytest.mark.slow
 def test_a_published_experiment_runs_on_cifar(load, cifar, tmp_path):
     folder, _ = cifar

@@ -44,7 +44,7 @@ def draw(table: Table):
         _styles(chosen), chosen.values(), strict=True
     ):
         _point(axes[0], line, name, label, style, filled)
-        x, loss = line.curve("seconds").mean(axis=0), line.curve("loss")
+        x, loss = line.curve("step").mean(axis=0) * line.pace(), line.curve("loss")
         color = style["color"]
         face = {"markerfacecolor": color if filled else "white", "markevery": [-1]}
         axes[1].plot(x, loss.mean(axis=0), **face, **style)

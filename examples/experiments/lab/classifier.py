@@ -42,7 +42,9 @@ def in_memory(
 
     def batch(data, index, key):
         images, labels = take(data["train"], index)
-        return shift_and_flip(images, key) if pictures.augment else images, labels
+        if pictures.augment:
+            images = shift_and_flip(images, key, round(images.shape[1] / 8))
+        return images, labels
 
     evaluated, held = pictures.test, pictures.held_out
     tests = chosen_on = in_order(len(evaluated[1]), EVALUATION_BATCH)

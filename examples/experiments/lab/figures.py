@@ -17,8 +17,8 @@ def curves(table: Table):
     for i, line in enumerate(_lowest(table)):
         loss = line.curve("loss")
         style = {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 4]}
-        for axis, name in zip(axes, ("step", "seconds"), strict=True):
-            x = line.curve(name).mean(axis=0)
+        step = line.curve("step").mean(axis=0)
+        for axis, x in zip(axes, (step, step * line.pace()), strict=True):
             axis.plot(x, loss.mean(axis=0), label=in_legend(line.spec), **style)
             axis.fill_between(
                 x, loss.min(axis=0), loss.max(axis=0), alpha=0.15, color=style["color"]

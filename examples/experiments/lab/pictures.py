@@ -66,6 +66,36 @@ def read(folder: Path, hold_out: int | None) -> Pictures:
     return data._replace(name=name, train=train, held_out=held_out)
 
 
+def shrunk(data: Pictures, size: int) -> Pictures:
+    """Return the images with sides of `size` pixels, the means of squares of pixels.
+
+    Raises:
+        ValueError: `size` does not divide the sides.
+    """
+    sides = data.train[0].shape[1:3]
+    if sides[0] % size or sides[1] % size:
+        raise ValueError(
+            f"--image-size {size} must divide the sides of the images,"
+            f" {sides[0]} x {sides[1]}"
+        )
+
+    def means(part):
+        images, labels = part
+        shape = (-1, size, sides[0] // size, size, sides[1] // size, images.shape[-1])
+        found = images.reshape(shape).mean(axis=(2, 4), dtype=np.float32)
+        return np.round(found).astype(np.uint8), labels
+
+    scaled = (train := means(data.train))[0] / np.float32(255)
+    return data._replace(
+        name=f"{data.name}, {size} x {size}",
+        train=train,
+        test=means(data.test),
+        held_out=data.held_out and means(data.held_out),
+        mean=tuple(map(float, scaled.mean(axis=(0, 1, 2)))),
+        deviation=tuple(map(float, scaled.std(axis=(0, 1, 2)))),
+    )
+
+
 def _of_idx(folder, paths):
     (train, test), total = idx.read(paths)
     print(f"{folder}: sha256 {total}")
@@ -146,7 +176,7 @@ def _records(path):
     return np.ascontiguousarray(images), labels
 
 
-def shift_and_flip(images: jax.Array, key: jax.Array, pad: int = 4) -> jax.Array:
+def shift_and_flip(images: jax.Array, key: jax.Array, pad: int) -> jax.Array:
     """Shift every image by up to `pad` pixels over zeros, and flip half of them."""
     count, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

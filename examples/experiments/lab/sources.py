@@ -34,8 +34,8 @@ def add_options(parser) -> None:
     add(
         "--image-size",
         type=positive(int),
-        default=224,
-        help="sides of images from folders (default: 224)",
+        help="sides of images (default: 224 of those from folders, and as they are;"
+        " of data sets in files a divisor, whose pixels are means of squares)",
     )
 
 
@@ -56,19 +56,22 @@ def workload(args, model: Model, name: str, config: dict[str, Any]) -> Workload:
     if folder and (folder / "train").is_dir():
         return _streamed(args, model, name, config)
     data = pictures.read(folder, args.hold_out) if folder else pictures.digits()
+    if args.image_size:
+        data = pictures.shrunk(data, args.image_size)
     make = model(data.classes, data.train[0].shape[1:])
     return classifier.in_memory(data, make, config, args.batch_size, name)
 
 
 def _streamed(args, model, name, config):
-    found = folders.find(args.data_dir, args.image_size)
+    size = args.image_size or 224
+    found = folders.find(args.data_dir, size)
     if args.batch_size > len(found.train):
         raise ValueError(
             f"--batch-size {args.batch_size} is above the {len(found.train)} images"
         )
-    label = f"{args.data_dir.resolve().name} {args.image_size}"
+    label = f"{args.data_dir.resolve().name} {size}"
     sizes = {"images": len(found.train), "batch_size": args.batch_size}
-    shape = (args.image_size, args.image_size, 3)
+    shape = (size, size, 3)
     return classifier.streamed(
         name,
         {"data": label, **config, **sizes},

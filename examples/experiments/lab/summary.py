@@ -41,6 +41,10 @@ class Line(NamedTuple):
         longest = max(map(len, curves))
         return np.array([c + [math.nan] * (longest - len(c)) for c in curves])
 
+    def pace(self) -> float:
+        """Return the seconds of a step, the median of the runs."""
+        return float(np.median(self.values("milliseconds_per_step"))) / 1e3
+
 
 class Table(NamedTuple):
     """The runs of one workload that differ in nothing but their optimizers.
@@ -147,7 +151,7 @@ def _columns(table: Table) -> dict[str, Callable[[Line], str]]:
     median = lambda line, name: np.median(line.values(name))
     columns |= {
         "bytes a parameter": lambda line: f"{line.runs[0]['bytes_per_parameter']:.1f}",
-        "ms a step": lambda line: f"{median(line, 'milliseconds_per_step'):.2f}",
+        "ms a step": lambda line: f"{1e3 * line.pace():.2f}",
     }
     if all("step_bytes" in run for run in runs):
         columns["MB of a step"] = lambda line: f"{median(line, 'step_bytes') / 1e6:.1f}"

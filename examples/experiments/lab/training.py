@@ -202,7 +202,9 @@ def _result(i, curve, held_out):
     for name in curve.keys() - {"step"}:
         curve[name] = [float(f"{value:.6g}") for value in curve[name]]
     ends = {k: curve[k][-1] for k in (*held_out[0], "train_loss", "seconds")}
-    milliseconds = 1e3 * ends["seconds"] / curve["step"][-1]
+    # The median, which a machine that was busy for a while does not change.
+    spans = (np.diff(curve[name], prepend=0) for name in ("seconds", "step"))
+    milliseconds = 1e3 * np.median(np.divide(*spans))
     return {
         **ends,
         "diverged": not math.isfinite(ends["loss"]),
