@@ -7,7 +7,7 @@
 # `**extra_args`, but the step inside of it has no such argument: the update raises a
 # TypeError. `optax.with_extra_args_support`, which is there to drop such arguments, trusts
 # the type and returns the optimizer as it is; only a plain `GradientTransformation` around
-# its two functions helps. `prism` and `adamw` of the same package take the argument.
+# its two functions, handed to that helper, helps. `prism` and `adamw` of the same package take the argument.
 #
 # Seen on 2026-11-30 with rollfast 1.3.0, Optax 0.2.8 and JAX 0.12.0.1:
 #     adamw GradientTransformationExtraArgs taken
@@ -30,7 +30,6 @@ import rollfast
 
 def told(tx):
     params = {"w": jnp.eye(4)}
-    tx = optax.with_extra_args_support(tx)
     try:
         tx.update(params, tx.init(params), params, value=jnp.float32(1.0))
     except TypeError as error:
@@ -45,7 +44,8 @@ for name in ("adamw", "prism", "kron"):
 kron = rollfast.kron(1e-3)
 print("kron, with_extra_args_support", told(optax.with_extra_args_support(kron)))
 plain = lambda updates, state, params=None: kron.update(updates, state, params)
-print("kron, GradientTransformation", told(optax.GradientTransformation(kron.init, plain)))
+plain = optax.with_extra_args_support(optax.GradientTransformation(kron.init, plain))
+print("kron, GradientTransformation", told(plain))
 END
 
 cat >"$folder/expected" <<'END'

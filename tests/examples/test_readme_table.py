@@ -49,7 +49,7 @@ def test_measured_bytes_are_those_of_the_digits_network(digits, start, name, giv
 
 @pytest.mark.whole
 def test_the_readme_has_a_few_rows_to_type():
-    assert 6 <= len(TYPED) <= 10
+    assert 6 <= len(TYPED) <= 8
 
 
 @pytest.mark.whole

@@ -148,13 +148,13 @@ def _columns(table: Table) -> dict[str, Callable[[Line], str]]:
             "test loss": of_seeds("test_loss", ".4g"),
             "test accuracy": of_seeds("test_accuracy", ".4f"),
         }
-    median = lambda line, name: np.median(line.values(name))
     columns |= {
         "bytes a parameter": lambda line: f"{line.runs[0]['bytes_per_parameter']:.1f}",
         "ms a step": lambda line: f"{1e3 * line.pace():.2f}",
     }
     if all("step_bytes" in run for run in runs):
-        columns["MB of a step"] = lambda line: f"{median(line, 'step_bytes') / 1e6:.1f}"
+        held = lambda line: np.median(line.values("step_bytes")) / 1e6
+        columns["MB of a step"] = lambda line: f"{held(line):.1f}"
     each = lambda line: " ".join(f"{value:.4g}" for value in line.values("loss"))
     return columns | {"loss of every seed": each}
 

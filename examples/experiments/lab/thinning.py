@@ -10,7 +10,7 @@ from lab import results
 from lab.summary import tables
 
 
-CURVES = ("step", "seconds", "loss")  # what figures draw
+CURVES = ("step", "loss")  # what figures draw
 
 
 def thin(runs: list[dict[str, Any]], points: int = 12) -> list[dict[str, Any]]:
