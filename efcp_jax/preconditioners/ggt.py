@@ -24,7 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efcp_jax.numerics import at_least_zero, dot, dot_by_rows
-from efcp_jax.preconditioners import cholesky, gram as grams
+from efcp_jax.preconditioners import cholesky, gram as grams, pivoted
 
 
 # Up to this size, eigenvectors are one kernel on TPUs. Above, they take minutes to
@@ -147,7 +147,9 @@ def by_products(matrix: jax.Array, eps: jax.Array, rhs: jax.Array) -> jax.Array:
     """
     size, unit = len(matrix), jnp.finfo(matrix.dtype).eps
     eye = jnp.eye(size, dtype=matrix.dtype)
-    factor, _ = cholesky.pivoted(matrix, jnp.zeros_like(rhs), unit)
+    row = lambda index: matrix[index]
+    diagonal = jnp.diagonal(matrix)
+    factor, *_ = pivoted.factorise(row, diagonal, jnp.zeros_like(rhs), unit)
     # Above the largest singular value of L, by m^(1/4) at most.
     bound = 1.01 * jnp.sqrt(jnp.linalg.norm(matrix))
     bound = jnp.where(bound > 0, bound, 1)

@@ -102,7 +102,7 @@ def _solved_jvp(primals: Any, tangents: Any) -> Any:
     factor = jnp.where(sound, factor, jnp.eye(len(scale), dtype=gram.dtype))
     one = jnp.ones((), gram.dtype)
     by_factor = lambda rhs: cholesky.solve(factor, rhs)
-    by_basis = lambda b: cholesky.solve_in_basis(matrix, inverse, b / inverse, one)
+    by_basis = lambda b: systems.in_basis(system, inverse, b / inverse, one)
     divide = lambda _, rhs: lax.cond(sound, by_factor, by_basis, rhs)
     # Reverse mode transposes this, as it could not the loops of the solver.
     transposed = lambda _, x: jax.linear_transpose(lambda y: divide(None, y), x)(x)[0]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from efcp_jax.devices.collectives import vary_like
 from efcp_jax.numerics import dot
-from efcp_jax.preconditioners import cholesky
+from efcp_jax.preconditioners import cholesky, pivoted
 
 
 # Smaller matrices are factorised faster than the kept factor is read.
@@ -119,9 +119,17 @@ def solve(
                 kept._replace(run=vary_like(kept, jnp.int32(-1))),
             ),
         )
-    matrix = lambda: system.rows(0, system.size)
-    remedy = lambda: cholesky.solve_in_basis(matrix(), inverse, rhs, unit)
+    remedy = lambda: in_basis(system, inverse, rhs, unit)
     return _unless(sound, solution, remedy), kept
+
+
+def in_basis(
+    system: System, inverse: jax.Array, rhs: jax.Array, unit: jax.Array
+) -> jax.Array:
+    """Return the solution by a basis of the rows."""
+    norm = jnp.linalg.norm(system.rows(0, system.size))
+    row = lambda index: system.rows(index, 1)[0]
+    return pivoted.solve(row, norm, inverse, rhs, unit)
 
 
 def _unless(good: jax.Array, value: Any, make: Callable[[], Any]) -> Any:

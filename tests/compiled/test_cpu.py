@@ -1,7 +1,11 @@
 """The program of a model of hundreds of leaves, for the CPU that is here."""
 
 import compiling
+import jax
+import jax.numpy as jnp
 import pytest
+
+from efcp_jax.preconditioners import system as systems
 
 
 @pytest.mark.slow
@@ -19,3 +23,12 @@ def test_program_is_no_larger_than_that_of_adamw(name):
 def test_default_is_a_program_of_kinds_of_leaves():
     result = compiling.measure("cpu", "sparse_ggt-transformer")
     assert compiling.over(result, {"percent": 25, "kernels": 1000}) == {}
+
+
+def test_remedy_for_singular_systems_holds_a_basis_its_products_and_one_more():
+    size = 1024
+    vector, scalar = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((size,), ()))
+    gram = jax.ShapeDtypeStruct((size**2,), jnp.float32)
+    system = systems.System(gram, vector, scalar)
+    made = jax.jit(systems.in_basis).lower(system, vector, vector, scalar).compile()
+    assert made.memory_analysis().temp_size_in_bytes < 3.5 * 4 * size**2
