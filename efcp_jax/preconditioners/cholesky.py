@@ -35,7 +35,7 @@ class Blocked(NamedTuple):
 
 
 # One block is kept as the transpose of its factor: LAPACK wants columns contiguous, and
-# a row-major array has that without a copy once it is transposed.
+# a row-major array has that once it is transposed, without a copy before JAX 0.12.
 Factor: TypeAlias = jax.Array | Blocked
 
 
