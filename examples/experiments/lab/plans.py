@@ -84,14 +84,16 @@ PLANS = {
         *(f"{name}:error_feedback=false" for name in COMPRESSED[::2]),
         *(f"{name}:metric=false" for name in COMPRESSED[::2]),
     ],
-    # The half of it that networks of many layers have the time for.
-    "paper_mfac": [
-        *("adamw_b95", "sgd", "muon"),
-        *published("window_size=256,damping=1e-4", "mfac"),
-        *("sparse_mfac", "sparse_ggt", "sparse_ggt:metric=false"),
-    ],
     # Without GGT, whose eigendecomposition of 1024 rows takes 77 ms of every step.
     "paper_1024": list(published("window_size=1024,damping=1e-4", "mfac")),
+    # What of both networks of many layers have the time for.
+    "paper_deep": [
+        *(name for name in BASELINES if name != "adamw_b999"),
+        *published("window_size=256,damping=1e-4", "mfac"),
+        *published("window_size=256,eps=1e-4", "ggt"),
+        *list(published("window_size=1024,damping=1e-4", "mfac"))[:2],
+        *("sparse_mfac", "sparse_ggt", "sparse_ggt:metric=false"),
+    ],
     # Losses that are the same in every step. Sparse rows take no average well.
     "physics": [
         *("lbfgs", *BASELINES[1:]),
