@@ -31,9 +31,13 @@ MOST_MATCHES = 8
 _GATHERED = 1 << 24
 _MULTIPLIED = 1 << 20
 
-# Entries of an error that are fed at once, and the most parts, each with its kernels.
-_FED = 1 << 21
-_MOST_PARTS = 8
+# Entries up to which an error is fed, or an update made, at once. Above it temporaries
+# of that size would count: there are so many parts to feed, each of kernels of its own,
+# and so many rounds of one loop for an update, but none of fewer entries than the last.
+_WHOLE = 1 << 21
+_PARTS = 8
+_ROUNDS = 32
+_LEAST = 1 << 19
 
 
 select = functools.partial(
@@ -54,7 +58,7 @@ def feeds(form: Any, error: Any) -> bool:
     """Return whether `feed` takes this error, and is worth its kernels."""
     few = form.tile is not None and form.kept <= MOST_MATCHES
     commutes = form.storage.values.name in COMMUTING
-    return few and commutes and jax.tree.leaves(error)[0].size > _FED
+    return few and commutes and jax.tree.leaves(error)[0].size > _WHOLE
 
 
 def feed(
@@ -65,7 +69,7 @@ def feed(
     Part follows part: each needs a sum with the gradient in float32.
     """
     units, unit, made = len(jax.tree.leaves(error)[0]), form.size * form.lanes, []
-    chunk = -(-units // min(_MOST_PARTS, -(-units * unit // _FED)))
+    chunk = -(-units // min(_PARTS, -(-units * unit // _LEAST)))
     # Traced once for parts of one size.
     step = jax.jit(functools.partial(reference.fed, form, form.residual))
     for first in range(0, units, chunk):
@@ -153,9 +157,10 @@ def combine(
         return _spread(form, values * each, offsets).reshape(-1)
 
     units, entries, *_ = jax.tree.leaves(window)[0].shape
-    if units * unit <= _FED:
+    if units * unit <= _WHOLE:
         return reference.cut(sums(zero, 0, units), runs)
-    chunk = max(1, min(_FED // unit, _GATHERED // (2 * entries * form.lanes)))
+    size = min(_WHOLE, max(_LEAST, units * unit // _ROUNDS))
+    chunk = max(1, min(size // unit, _GATHERED // (2 * entries * form.lanes)))
     # Else XLA joins what is done with the leaves of all runs, which then wait for it.
     return write(runs, unit, chunk, sums, zero, copied=True)
 

@@ -45,8 +45,9 @@ def module(request):
 def rounds(request, monkeypatch, case):
     units = {"one": 1, "half": -(-case.tiles // 2)}[request.param]
     monkeypatch.setattr(cpu, "_ENTRIES", units * case.lanes * case.size)
-    monkeypatch.setattr(gpu, "_FED", units * case.lanes * case.size)
-    monkeypatch.setattr(gpu, "_MOST_PARTS", case.tiles)
+    monkeypatch.setattr(gpu, "_WHOLE", units * case.lanes * case.size)
+    monkeypatch.setattr(gpu, "_LEAST", units * case.lanes * case.size)
+    monkeypatch.setattr(gpu, "_PARTS", case.tiles)
     return units
 
 
