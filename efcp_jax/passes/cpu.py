@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efcp_jax.devices.collectives import vary_like
-from efcp_jax.devices.sections import part, reader, sweep, write
+from efcp_jax.devices.sections import part, reader, sweep, write, zero_after
 from efcp_jax.numerics import indexed
 from efcp_jax.passes import selection
 from efcp_jax.passes.entries import COMMUTING, SparseRow, Stored
@@ -106,7 +106,9 @@ def combine(
 
     entries = len(weights) * form.kept * form.lanes
     chunk = max(1, min(_COMBINE // entries, indexed(unit)))
-    return write(runs, unit, chunk, sums, jnp.zeros_like(weights[0]))
+    # Begun when the weights are known: zeros that wait for nothing are made early, and
+    # held for the whole step.
+    return write(runs, unit, chunk, sums, zero_after(weights))
 
 
 def feeds(form: Any, error: Any, dtype: np.dtype) -> bool:

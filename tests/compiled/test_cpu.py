@@ -25,6 +25,12 @@ def test_default_is_a_program_of_kinds_of_leaves():
     assert compiling.over(result, {"percent": 25, "kernels": 1000}) == {}
 
 
+@pytest.mark.slow
+def test_kinds_of_leaves_with_gram_matrices_of_their_own_follow_each_other():
+    result = compiling.measure("cpu", "by-leaf-2/128-m64-transformer")
+    assert compiling.over(result, {"percent": 60, "kernels": 1100}) == {}
+
+
 def test_remedy_for_singular_systems_holds_a_basis_its_products_and_one_more():
     size = 1024
     vector, scalar = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((size,), ()))
