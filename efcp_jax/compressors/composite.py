@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from efcp_jax import passes
 from efcp_jax.compressors.base import Compressor, of_grams
 from efcp_jax.compressors.movers import PartMover
 from efcp_jax.compressors.parts import Part, PartRow, Parts, leaf_parts
@@ -95,7 +96,7 @@ class PartSpace:
             fed = p.call("feed", *given, **alike)
             if not (self.layout.axes or isinstance(fed, Generator)):
                 # Leaves are stacked when what is there for the part before is free.
-                leaves, fed = _on_cpus(lambda *x: barrier(x), leaves, fed)
+                leaves, fed = passes.on_cpus(lambda *x: barrier(x), leaves, fed)
             made[p.name] = fed
         rows, scales, errors, bases = _fields(_at_once(made))
         return *self._row(rows, scales), self._joined(errors), _kept(bases)
@@ -149,8 +150,8 @@ class PartSpace:
             if not self.layout.axes and trees[p.name]:
                 # What each part takes for the while is free for the next.
                 wait = lambda zero, last: (zero_after(zero, last), last)
-                ends = zero, trees[p.name][-1].real
-                zero, _ = _on_cpus(wait, *ends) if self.block_diagonal else wait(*ends)
+                run = passes.on_cpus if self.block_diagonal else lambda f, *x: f(*x)
+                zero, _ = run(wait, zero, trees[p.name][-1].real)
         return self._united(trees)
 
     def _weights(self, window: PartRow, coefficients: Any) -> Parts:
@@ -171,15 +172,6 @@ def each_leaf(compressor: Compressor, layout: Layout) -> PartSpace:
     """Return the space in which every leaf is compressed by itself."""
     parts = leaf_parts(compressor.bind, layout, range(len(layout.leaves)))
     return PartSpace(layout, tuple(parts), block_diagonal=True)
-
-
-def _on_cpus(function: Any, *given: Any) -> Any:
-    """Return what `function` makes of what is given on CPUs, elsewhere what is given.
-
-    There XLA orders parts of many small leaves by itself: if they wait for each other,
-    a GPU keeps a third more, and a TPU has an eighth more kernels.
-    """
-    return jax.lax.platform_dependent(*given, cpu=function, default=lambda *x: x)
 
 
 def _at_once(made: Parts) -> Parts:

@@ -18,6 +18,7 @@ from efcp_jax.passes.arrays import (
     finite as finite,
     insert as insert,
     of_stacked as of_stacked,
+    on_cpus as on_cpus,
     overwrite as overwrite,
     row_scale as row_scale,
     subtract_products as subtract_products,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -68,6 +69,15 @@ def turned_together(array: jax.Array) -> jax.Array:
     """Return `array`, of many small leaves; else a TPU would turn each by itself."""
     keep = lax.optimization_barrier
     return lax.platform_dependent(array, tpu=keep, default=lambda x: x)
+
+
+def on_cpus(function: Callable[..., Any], *given: Any) -> Any:
+    """Return what `function` makes of what is given on CPUs, elsewhere what is given.
+
+    For parts of many small leaves to wait for each other. Elsewhere XLA orders them: if
+    they wait, a GPU keeps a third more, and a TPU has an eighth more kernels.
+    """
+    return lax.platform_dependent(*given, cpu=function, default=lambda *x: x)
 
 
 def of_stacked(

@@ -63,7 +63,7 @@ def factorise(
         left = jnp.where(index == pivot, -jnp.inf, left - column**2)
         factor = lax.dynamic_update_slice_in_dim(factor, column[None], k, axis=0)
         order = jnp.where(index == k, pivot, order)
-        return left, factor, order, rank + found
+        return left, factor, order, rank + found.astype(rank.dtype)
 
     factor = jnp.zeros((size, size), diagonal.dtype)
     start = (diagonal, factor, jnp.zeros_like(index), jnp.int32(0))
