@@ -21,6 +21,7 @@ def told(values, form):
         ("fashion_mnist_cnn", 1, 3),
         ("fashion_mnist_cnn_10_epochs", 1, 3),
         ("fashion_mnist_resnet20", 1, 3),
+        ("fashion_mnist_resnet20_10_epochs", 1, 3),
         ("physics", 4, 5),
     ],
 )
