@@ -14,7 +14,7 @@ from efcp_jax import passes
 from efcp_jax.compressors.base import Compressor, of_grams
 from efcp_jax.compressors.movers import PartMover
 from efcp_jax.compressors.parts import Part, PartRow, Parts, leaf_parts
-from efcp_jax.devices.collectives import together
+from efcp_jax.devices.collectives import together, vary_like
 from efcp_jax.devices.layout import Layout
 from efcp_jax.devices.sections import zero_after
 from efcp_jax.metrics.measured import Gradient
@@ -151,7 +151,8 @@ class PartSpace:
                 # What each part takes for the while is free for the next.
                 wait = lambda zero, last: (zero_after(zero, last), last)
                 run = passes.on_cpus if self.block_diagonal else lambda f, *x: f(*x)
-                zero, _ = run(wait, zero, trees[p.name][-1].real)
+                last = trees[p.name][-1].real
+                zero, _ = run(wait, vary_like(last, zero), last)
         return self._united(trees)
 
     def _weights(self, window: PartRow, coefficients: Any) -> Parts:
